@@ -1,0 +1,123 @@
+"""Checks that are not unit tests: `check.py sync | installed | runs`, and `check.py ship FOLDER`.
+
+None of them changes a file of the working tree, except `ship`, which is there to do that.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from versvideo.core import atomic_path
+
+REPO = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+SOURCES = ("settings.ini", "pyproject.toml", "nbs", "versvideo", "results")
+
+
+def copy_tree(to: Path, names: tuple[str, ...]) -> None:
+    "Copy what is named, without weights, checkpoints and caches."
+    skip = shutil.ignore_patterns("weights", "checkpoints", "cache", "__pycache__", ".ipynb_*")
+    for name in names:
+        source = REPO / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=skip)
+        elif source.exists():
+            shutil.copy(source, to / name)
+
+
+def call(*command: str | Path, cwd: Path, **env: str) -> None:
+    "Run a command quietly; SystemExit with all that it printed when it fails."
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | env, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\n{' '.join(map(str, command))} failed")
+
+
+def texts(root: Path) -> dict[str, str]:
+    files = [p for p in root.rglob("*") if p.suffix in (".ipynb", ".py")]
+    return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in files}
+
+
+def report(before: dict, after: dict, remedy: str) -> None:
+    "SystemExit with the difference and the remedy when two sets of files differ."
+    changed = [n for n in sorted(before.keys() | after.keys()) if before.get(n) != after.get(n)]
+    for name in changed:
+        old, new = before.get(name, "").splitlines(), after.get(name, "").splitlines()
+        print(*list(difflib.unified_diff(old, new, name, name, n=1, lineterm=""))[:9], sep="\n")
+    if changed:
+        raise SystemExit(f"\n{len(changed)} files differ: {', '.join(changed)}. {remedy}")
+
+
+def check_sync(repo_copy: Path) -> None:
+    "Notebooks are clean and the modules are exactly what they export."
+    before = texts(repo_copy)
+    for command in (["nbdev_clean"], ["nbdev_clean", "--fname", "results"]):
+        call(BIN / command[0], *command[1:], cwd=repo_copy)
+    report(before, texts(repo_copy), "Run .venv/bin/nbdev_clean and .venv/bin/nbdev_clean "
+           "--fname results, then commit what they changed.")
+    for module in (repo_copy / "versvideo").rglob("*.py"):
+        if module.name != "__init__.py":
+            module.unlink()
+    call(BIN / "nbdev_export", cwd=repo_copy)
+    report(before, texts(repo_copy), "The modules (-) are not what the notebooks export (+). Edit "
+           "the notebook, run .venv/bin/nbdev_export and commit both.")
+
+
+def sync() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tree(Path(folder), SOURCES)
+        check_sync(Path(folder))
+    print("sync: notebooks are clean and exported")
+
+
+def installed() -> None:
+    "pytest on a copy of the package that pip installed, from a folder outside the repository."
+    with tempfile.TemporaryDirectory() as folder:
+        source, site, away = (Path(folder) / name for name in ("source", "site", "away"))
+        for path in (source, away):
+            path.mkdir()
+        copy_tree(source, ("settings.ini", "setup.py", "pyproject.toml", "README.md", "versvideo"))
+        if (REPO / "versvideo/weights").exists():
+            shutil.copytree(REPO / "versvideo/weights", source / "versvideo/weights")
+        call(sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation",
+             "--target", site, source, cwd=away)
+        env = os.environ | {"PYTHONPATH": str(site)}
+        ask = [sys.executable, "-c", "import versvideo; print(versvideo.__file__)"]
+        where = subprocess.check_output(ask, cwd=away, env=env, text=True)
+        assert Path(where.strip()).is_relative_to(site), f"tests would import {where.strip()}"
+        tests = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider",
+                 "-c", str(REPO / "pyproject.toml"), "--rootdir", str(REPO), str(REPO / "tests")]
+        code = subprocess.run(tests, cwd=away, env=env).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def runs() -> None:
+    "Every run notebook at its default parameters, which take seconds on a CPU."
+    notebooks = sorted((REPO / "nbs").glob("[2-5]?_*.ipynb"))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        def smoke(notebook: Path) -> float:
+            start = time.monotonic()
+            call(sys.executable, REPO / "tests/run_notebook.py", f"nbs/{notebook.name}",
+                 Path(folder) / notebook.name, cwd=REPO, OMP_NUM_THREADS="1")
+            return time.monotonic() - start
+
+        for notebook, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
+            print(f"{notebook.name}: {seconds:.0f} s", flush=True)
+
+
+def ship(folder: str) -> None:
+    "Make a trained pipeline folder the one that the package holds."
+    with atomic_path(REPO / "versvideo/weights/XS") as temp:
+        shutil.copytree(REPO / folder, temp)
+    print(f"{folder} -> versvideo/weights/XS")
+
+
+if __name__ == "__main__":
+    {"sync": sync, "installed": installed, "runs": runs, "ship": ship}[sys.argv[1]](*sys.argv[2:])

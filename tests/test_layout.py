@@ -1,0 +1,206 @@
+"""The shape of the repository: what lies where, who imports whom, where versions are written."""
+
+import ast
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+REPO = Path(__file__).resolve().parents[1]
+MODULES = sorted(p for p in (REPO / "versvideo").rglob("*.py") if p.name != "_modidx.py")
+MEGABYTE = 2**20
+
+TOP_LEVEL = {
+    "nbs", "versvideo", "data_cards", "results", "tests", "settings.ini", "environment.yml",
+    "README.md", "pyproject.toml", "setup.py", "Makefile", "LICENSE", "CITATION.cff",
+    ".github", ".ci", ".gitignore", ".gitattributes", ".pre-commit-config.yaml",
+}
+
+# Imports go one way: a module may import from the lines above its own, never from its own or below.
+ORDER = [
+    {"core"},
+    {"show"},
+    {"video"},
+    {"modules.mec", "modules.moe"},
+    {"saved", "text", "drawing", "conditions"},
+    {"shapes", "recogniser"},
+    {"data", "metrics"},
+    {"unet", "vae"},
+    {"weights", "controlnet"},
+    {"pipeline"},
+    {"trainers"},
+    {"results"},
+]
+
+# Heavy or optional packages, and the only modules that may import them (inside functions).
+ONLY_IN = {
+    "decord": {"data", "video"},
+    "lpips": {"metrics", "vae"},
+    "IPython": {"show"},
+    "matplotlib": {"show"},
+    "jupyter": set(),
+    "papermill": set(),
+    "nbdev": set(),
+    "fastcore": set(),
+}
+
+# Where the name to install differs from the name to import.
+IMPORT_NAMES = {"pillow": "PIL"}
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(REPO / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def requirements(key: str) -> list[Requirement]:
+    return [Requirement(line) for line in settings()[key].splitlines() if line.strip()]
+
+
+def repository_files() -> list[Path]:
+    "Files that are or would be committed."
+    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO,
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git clone")
+    return [REPO / name for name in done.stdout.splitlines() if (REPO / name).exists()]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPO / "versvideo").with_suffix("").parts)
+
+
+def imports(source: str, package: str = "versvideo") -> list[tuple[str, bool]]:
+    "Absolute names that `source` imports, each with whether a plain import of the file imports it."
+    tree = ast.parse(source)
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: -node.level + 1 or None]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            names = [name] if node.module else [f"{name}.{alias.name}" for alias in node.names]
+            found += [(name, id(node) not in inside) for name in names]
+    return found
+
+
+def module_imports(path: Path) -> list[tuple[str, bool]]:
+    package = ".".join(path.parent.relative_to(REPO).parts)
+    return imports(path.read_text(encoding="utf-8"), package)
+
+
+def backward_imports(name: str, imported: list[str], order: list[set[str]]) -> list[str]:
+    "Modules of the package that module `name` imports although they do not stand above it."
+    line = next(i for i, modules in enumerate(order) if name in modules)
+    above = set().union(*order[:line])
+    inner = [i.removeprefix("versvideo.") for i in imported if i.startswith("versvideo.")]
+    return [i for i in inner if i not in above and i != "__version__"]
+
+
+def test_top_level():
+    names = {path.relative_to(REPO).parts[0] for path in repository_files()}
+    assert names <= TOP_LEVEL, f"not for the top level: {sorted(names - TOP_LEVEL)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_import_order(path):
+    if path.name == "__init__.py":
+        assert not module_imports(path), "a package's __init__ imports nothing"
+        return
+    name = module_name(path)
+    assert any(name in line for line in ORDER), f"{name} has no place in ORDER"
+    assert not backward_imports(name, [i for i, _ in module_imports(path)], ORDER)
+
+
+def test_import_order_is_noticed():
+    source = "from versvideo.unet import a\nfrom . import core\nimport torch"
+    names = [i for i, _ in imports(source)]
+    assert names == ["versvideo.unet", "versvideo.core", "torch"]
+    assert backward_imports("show", names, ORDER) == ["unet"]
+    assert imports("from ..show import x", "versvideo.modules") == [("versvideo.show", True)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_optional_packages_are_imported_where_used(path):
+    for name, at_import in module_imports(path):
+        top = name.split(".")[0]
+        for package, homes in ONLY_IN.items():
+            if top.startswith(package):
+                assert module_name(path) in homes, f"{top} is imported in {path.name}"
+                assert not at_import, f"{path.name} imports {top} at once, not inside a function"
+
+
+def test_imports_are_required():
+    "What the library imports at once is among what `pip install .` brings."
+    required = {IMPORT_NAMES.get(r.name, r.name) for r in requirements("requirements")}
+    imported = [i for path in MODULES for i, at_import in module_imports(path) if at_import]
+    third = {i.split(".")[0] for i in imported} - {"versvideo", *sys.stdlib_module_names}
+    assert third <= required, f"not in requirements: {sorted(third - required)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_oldest_python_can_read_it(path):
+    oldest = tuple(map(int, settings()["min_python"].split(".")))
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=oldest)
+
+
+def test_pins_are_in_one_place():
+    "environment.yml and the Makefile install `.[dev]`; no file but settings.ini names a version."
+    assert re.search(r"^\s+- -e \.\[dev\]$", (REPO / "environment.yml").read_text(), re.M)
+    assert "--editable '.[dev]'" in (REPO / "Makefile").read_text()
+    names = {r.name for r in requirements("dev_requirements") + requirements("requirements")}
+    version = re.compile(rf"\b({'|'.join(map(re.escape, names))})\s*[=<>~!]=+\s*\d")
+    for name in ("environment.yml", "Makefile", "README.md", ".pre-commit-config.yaml",
+                 ".github/workflows/ci.yml", "setup.py"):
+        path = REPO / name
+        assert not path.exists() or not version.search(path.read_text()), f"{name} names a version"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_pins_are_exact_and_allowed(python):
+    "On each Python every requirement has exactly one pin, and the pin satisfies the requirement."
+    here = {"python_version": python, "platform_machine": "x86_64"}
+    pins = [r for r in requirements("dev_requirements")
+            if r.marker is None or r.marker.evaluate(here)]
+    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in pins)
+    assert len({r.name for r in pins}) == len(pins)
+    pinned = {r.name: str(r.specifier)[2:] for r in pins}
+    for key in ("requirements", "video_requirements", "metrics_requirements",
+                "notebooks_requirements"):
+        for r in requirements(key):
+            assert r.specifier.contains(pinned[r.name]), f"{r.name} {pinned[r.name]}"
+    assert {"nbdev", "execnb", "fastcore"} <= pinned.keys()
+
+
+def test_settings_keep_papermill_working():
+    assert settings()["allowed_cell_metadata_keys"] == "tags"
+    assert settings()["allowed_metadata_keys"] == "papermill"
+
+
+def test_ci_calls_make_test():
+    lines = (REPO / ".ci/run").read_text().splitlines()
+    assert lines[-1] == "make test"
+    assert (REPO / ".ci/run").stat().st_mode & 0o111
+
+
+def test_file_sizes():
+    files = repository_files()
+    large = [str(p) for p in files if p.stat().st_size > 25 * MEGABYTE]
+    assert not large, f"over 25 MB: {large}"
+    weights = sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
+    assert weights <= 25 * MEGABYTE
+    for folder, limit in (("nbs", 100_000), ("results", 500_000)):
+        notebooks = [p for p in files if p.suffix == ".ipynb" and p.parent == REPO / folder]
+        assert not [p.name for p in notebooks if p.stat().st_size > limit]

@@ -1,0 +1,180 @@
+"""Run notebooks and committed results: one parameters cell, no unknown names, no failed run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from run_notebook import defaults, parameter_cells, parse
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPO / "nbs").glob("[2-5]?_*.ipynb"))
+RESULTS = sorted((REPO / "results").glob("*.ipynb"))
+
+
+def notebook_faults(path: Path) -> list[str]:
+    "What is wrong with a run notebook."
+    cells = parameter_cells(nbformat.read(path, as_version=4))
+    if len(cells) != 1:
+        return [f"{len(cells)} cells are tagged parameters, not 1"]
+    try:
+        defaults(cells[0].source)
+    except (ValueError, SyntaxError) as error:
+        return [f"the parameters are not literals: {error}"]
+    return []
+
+
+def result_faults(path: Path, notebooks: Path) -> list[str]:
+    "What is wrong with an executed notebook, given the folder with the notebook that it executed."
+    notebook = nbformat.read(path, as_version=4)
+    record = notebook.metadata.get("papermill")
+    if record is None:
+        return ["it was not run by papermill"]
+    faults = []
+    if record.get("exception"):
+        faults.append("the run failed")
+    source = notebooks / f"{path.stem.split('-')[0]}.ipynb"
+    known = defaults(parameter_cells(nbformat.read(source, as_version=4))[0].source)
+    if unknown := record.get("parameters", {}).keys() - known.keys():
+        faults.append(f"unknown parameters: {', '.join(sorted(unknown))}")
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    first = next((i for i, t in enumerate(tags) if "parameters" in t), None)
+    following = tags[first + 1] if first is not None and first + 1 < len(tags) else []
+    if record.get("parameters") and "injected-parameters" not in following:
+        faults.append("the injected parameters do not follow the parameters cell")
+    return faults
+
+
+def record_faults(path: Path) -> list[str]:
+    "Which records of a committed training run are missing or damaged."
+    faults = []
+    for name in ("config.json", "metrics.json"):
+        try:
+            json.loads((path.with_suffix("") / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    return faults
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_run_notebook(path):
+    assert notebook_faults(path) == []
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_result(path):
+    assert result_faults(path, REPO / "nbs") == []
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if p.name[0] == "2"], ids=lambda p: p.stem)
+def test_records_of_a_training_run(path):
+    assert record_faults(path) == []
+
+
+# The guards themselves, each on a notebook with the fault that it is there to catch.
+
+PARAMETERS = 'size: str = "smoke"  # smoke | XS\nseed: int = 0\n'
+
+
+def write(path: Path, cells: list, record: dict | None = None) -> Path:
+    notebook = new_notebook(cells=cells)
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "p"}
+    if record is not None:
+        notebook.metadata.papermill = record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def tagged(source: str, *tags: str):
+    return new_code_cell(source, metadata={"tags": list(tags)})
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Path:
+    body = new_code_cell('assert size == "smoke"\nprint(size, seed)')
+    return write(tmp_path / "nbs" / "20_train.ipynb", [tagged(PARAMETERS, "parameters"), body])
+
+
+def result(tmp_path: Path, record: dict | None, *tags: str) -> Path:
+    cells = [tagged(PARAMETERS if t == "parameters" else 'size = "XS"', t) for t in tags]
+    return write(tmp_path / "20_train-XS-s0.ipynb", cells, record)
+
+
+def test_lost_tag_is_caught(tmp_path):
+    assert notebook_faults(write(tmp_path / "20_a.ipynb", [new_code_cell(PARAMETERS)]))
+    twice = [tagged(PARAMETERS, "parameters") for _ in range(2)]
+    assert notebook_faults(write(tmp_path / "20_b.ipynb", twice)) == [
+        "2 cells are tagged parameters, not 1"]
+
+
+@pytest.mark.parametrize("source", ["size = other", "seed = max(1, 2)", "import os", "size: str"])
+def test_parameters_that_are_not_literals_are_caught(tmp_path, source):
+    path = write(tmp_path / "20_a.ipynb", [tagged(source, "parameters")])
+    assert "not literals" in notebook_faults(path)[0]
+
+
+def test_good_result_passes(tmp_path, notebook):
+    path = result(tmp_path, {"parameters": {"size": "XS"}}, "parameters", "injected-parameters")
+    assert notebook_faults(notebook) == []
+    assert result_faults(path, notebook.parent) == []
+
+
+@pytest.mark.parametrize(("record", "tags", "fault"), [
+    (None, ["parameters"], "not run by papermill"),
+    ({"parameters": {}, "exception": True}, ["parameters"], "failed"),
+    ({"parameters": {"siez": "H"}}, ["parameters", "injected-parameters"], "siez"),
+    ({"parameters": {"size": "H"}}, ["injected-parameters", "none"], "do not follow"),
+    ({"parameters": {"size": "H"}}, ["parameters", "none", "injected-parameters"], "do not follow"),
+])
+def test_bad_result_is_caught(tmp_path, notebook, record, tags, fault):
+    faults = result_faults(result(tmp_path, record, *tags), notebook.parent)
+    assert len(faults) == 1 and fault in faults[0]
+
+
+def test_missing_records_are_caught(tmp_path):
+    path = tmp_path / "20_train-XS-s0.ipynb"
+    assert len(record_faults(path)) == 2
+    for name, text in (("config.json", "{}"), ("metrics.json", "{")):
+        path.with_suffix("").mkdir(exist_ok=True)
+        (path.with_suffix("") / name).write_text(text)
+    assert ["metrics.json" in fault for fault in record_faults(path)] == [True]
+
+
+# Running a notebook: parameters are checked and typed, a failed run leaves nothing behind.
+
+def test_parameters_take_the_type_of_their_default():
+    known = {"prompt": "", "steps": 0, "guidance": 1.5, "fast": False}
+    given = ["prompt=3 = $three", "steps=7", "guidance=2", "fast=True"]
+    assert parse(given, known) == {
+        "prompt": "3 = $three", "steps": 7, "guidance": 2.0, "fast": True}
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        parse(["stepps=7"], known)
+
+
+def run_notebook(notebook: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script = REPO / "tests" / "run_notebook.py"
+    return subprocess.run([sys.executable, script, notebook, output, *arguments],
+                          capture_output=True, text=True)
+
+
+def test_run_writes_the_executed_notebook(tmp_path, notebook):
+    done = run_notebook(notebook, tmp_path / "20_train-XS-s0.ipynb", "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert "smoke 3" in done.stdout and done.stdout.splitlines()[-1].endswith(" s")
+    assert result_faults(tmp_path / "20_train-XS-s0.ipynb", notebook.parent) == []
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("size=XS", "AssertionError"),
+    ("siez=XS", "did you mean 'size'"),
+    ("seed=x", "invalid literal"),
+])
+def test_failed_run_says_why_and_leaves_nothing(tmp_path, notebook, argument, message):
+    done = run_notebook(notebook, tmp_path / "out" / "a.ipynb", argument)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out/*"))
