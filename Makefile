@@ -34,7 +34,6 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 quickstart: $(INSTALLED)
 	@$(RUN) nbs/30_generate.ipynb out/quickstart.ipynb \
 	    "prompt=$$QUICKSTART_PROMPT" out=out name=quickstart
-	@ls out/quickstart.mp4 out/quickstart.gif
 
 test: $(INSTALLED)
 	$(BIN)/python tests/check.py sync

@@ -27,7 +27,8 @@ ORDER = [
     {"video"},
     {"modules.mec", "modules.moe"},
     {"saved", "text", "drawing", "conditions"},
-    {"shapes", "recogniser"},
+    {"recogniser"},
+    {"shapes"},
     {"data", "metrics"},
     {"unet", "vae"},
     {"weights", "controlnet"},
@@ -182,6 +183,15 @@ def test_pins_are_exact_and_allowed(python):
         for r in requirements(key):
             assert r.specifier.contains(pinned[r.name]), f"{r.name} {pinned[r.name]}"
     assert {"nbdev", "execnb", "fastcore"} <= pinned.keys()
+
+
+def test_readme_names_every_notebook():
+    "The table of what to change where is complete, and its links lead somewhere."
+    readme = re.sub(r"<!--.*?-->", "", (REPO / "README.md").read_text(), flags=re.S)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)
+    assert not [link for link in links if not (REPO / link).exists()]
+    notebooks = {f"nbs/{path.name}" for path in (REPO / "nbs").glob("*.ipynb")}
+    assert notebooks <= set(links)
 
 
 def test_settings_keep_papermill_working():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VAES', 'FitConfig', 'Objective', 'Log', 'save_checkpoint', 'load_checkpoint', 'step_seed', 'prepare', 'fit',
-           'run_folder', 'write_run', 'build_vae', 'autoencoder_loss', 'encode_clips', 'fit_latent_scale',
-           'cached_latents', 'training_scheduler', 'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents',
-           'load_frozen', 'require_training_memory']
+           'run_folder', 'write_run', 'start_as_identity', 'build_vae', 'autoencoder_loss', 'encode_clips',
+           'fit_latent_scale', 'cached_latents', 'training_scheduler', 'draw_timesteps', 'denoising_loss',
+           'is_image_batch', 'draw_latents', 'load_frozen', 'require_training_memory']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import shutil
@@ -181,9 +181,21 @@ def write_run(
 
 # %% ../nbs/14_trainers.ipynb #14-21
 VAES = {
-    "smoke": dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
-    "XS": dict(block_out_channels=(16, 32, 64, 64), norm_num_groups=8),
+    "smoke": dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=2),
+    "XS": dict(block_out_channels=(16, 16, 32, 64), norm_num_groups=4),
 }
+
+
+def start_as_identity(
+    vae: AutoencoderKL
+) -> AutoencoderKL:
+    "Let the signal pass an untrained autoencoder: residual branches at zero, other convolutions near the identity; in place."
+    for name, m in vae.named_modules():
+        if name.endswith(("conv2", "to_out.0")): nn.init.zeros_(m.weight)
+        elif isinstance(m, nn.Conv2d) and not name.endswith("conv1"):
+            m.weight.data.mul_(0.5).add_(nn.init.dirac_(torch.empty_like(m.weight)))
+    nn.init.constant_(vae.quant_conv.bias[4:], -5.)   # a narrow posterior: the decoder starts on latents, not on noise
+    return vae
 
 
 def build_vae(
@@ -194,10 +206,11 @@ def build_vae(
         raise ValueError(f"size={size!r} trains no autoencoder of its own: it uses that of "
                          f"{SIZES[size].base if size in SIZES else 'a pretrained image model'}; "
                          f"choose one of {', '.join(VAES)}")
-    row = VAES[size]
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4, layers_per_block=1, sample_size=SIZES[size].height, **row)
+        latent_channels=4, layers_per_block=1, sample_size=SIZES[size].height, **VAES[size])
+    nn.init.constant_(vae.quant_conv.bias[4:], -5.)   # a narrow posterior: the decoder starts on latents, not on noise
+    return vae
 
 
 def autoencoder_loss(
@@ -205,13 +218,13 @@ def autoencoder_loss(
     batch: dict,              # "pixels", `n c h w` in [-1, 1]
     kl_weight: float = 1e-5,  # Weight of the KL term, per latent element
 ) -> dict:
-    "L1 + L2 reconstruction and KL, each a mean over elements."
+    "Squared plus a tenth of the absolute error, and KL, each a mean over elements."
     x = batch["pixels"]
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample
     kl = posterior.kl().mean() / posterior.mean[0].numel()
     l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
-    return {"loss": l1 + l2 + kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
+    return {"loss": l2 + 0.1 * l1 + kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
 
 # %% ../nbs/14_trainers.ipynb #14-25
 @torch.no_grad()
