@@ -55,7 +55,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
 	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights
+	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights results/24_train_clip-XS-s0/weights
 	$(BIN)/nbdev_clean --fname results
 
 clean:

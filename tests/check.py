@@ -1,4 +1,4 @@
-"""Checks that are not unit tests: `check.py sync | installed | runs`, and `check.py ship FOLDER`.
+"""Checks that are not unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP`.
 
 None of them changes a file of the working tree, except `ship`, which is there to do that.
 """
@@ -13,7 +13,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from versvideo.core import atomic_path
+from versvideo.saved import cast_weights
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -112,11 +115,16 @@ def runs() -> None:
             print(f"{notebook.name}: {seconds:.0f} s", flush=True)
 
 
-def ship(folder: str) -> None:
-    "Make a trained pipeline folder the one that the package holds."
-    with atomic_path(REPO / "versvideo/weights/XS") as temp:
-        shutil.copytree(REPO / folder, temp)
-    print(f"{folder} -> versvideo/weights/XS")
+def ship(pipeline: str, clip: str) -> None:
+    "Make a trained pipeline, and the vision tower of its CLIP, those that the package holds."
+    shipped = REPO / "versvideo/weights/XS"
+    with atomic_path(shipped) as temp:
+        shutil.copytree(REPO / pipeline, temp)
+        shutil.copytree(REPO / clip / "image_encoder", temp / "image_encoder")
+        cast_weights(temp / "image_encoder/model.safetensors", torch.float16)
+        if (shipped / "README.md").exists():
+            shutil.copy2(shipped / "README.md", temp)
+    print(f"{pipeline}, {clip}/image_encoder -> {shipped.relative_to(REPO)}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_half_precision_is_close():
     want = run(unet)
     got = run(copy.deepcopy(unet).to(torch.bfloat16), dtype=torch.bfloat16)
     assert got.dtype == torch.bfloat16
-    assert (got.float() - want).norm() < 0.05 * want.norm()
+    assert (got.float() - want).norm() < 0.1 * want.norm()
     assert (run(fresh()) - want).norm() > 0.2 * want.norm()
 
 

@@ -225,7 +225,7 @@ def autoencoder_loss(
     l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
     return {"loss": l2 + 0.1 * l1 + kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
 
-# %% ../nbs/14_trainers.ipynb #14-25
+# %% ../nbs/14_trainers.ipynb #14-28
 @torch.no_grad()
 def encode_clips(
     vae: AutoencoderKL,
@@ -240,7 +240,7 @@ def encode_clips(
         if part.dtype == torch.uint8: x = x / 127.5 - 1
         latents.append(vae.encode(x).latent_dist.mean)
     latents = (torch.cat(latents) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    return rearrange(latents, "(b t) c h w -> b c t h w", t=clips.shape[2])
+    return rearrange(latents, "(b t) c h w -> b c t h w", t=clips.shape[2]).contiguous()
 
 
 def fit_latent_scale(
@@ -252,7 +252,7 @@ def fit_latent_scale(
     z = encode_clips(vae, clips)
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
-# %% ../nbs/14_trainers.ipynb #14-29
+# %% ../nbs/14_trainers.ipynb #14-32
 def cached_latents(
     path: Path,         # `*.safetensors`, made where it is missing
     vae: AutoencoderKL,
@@ -264,13 +264,13 @@ def cached_latents(
     if not path.exists():
         parts = [encode_clips(vae, world.batch(range(i, min(i + batch, clips))).clips).half().cpu()
                  for i in progress(range(0, clips, batch), "encode")]
-        with atomic_path(path) as temp: save_file({"latents": torch.cat(parts)}, temp)
+        with atomic_path(path) as temp: save_file({"latents": torch.cat(parts).contiguous()}, temp)
     latents = load_file(path)["latents"]
     if len(latents) != clips:
         raise ValueError(f"{path} holds {len(latents)} clips, not clips={clips}: remove the file to make it anew")
     return latents
 
-# %% ../nbs/14_trainers.ipynb #14-32
+# %% ../nbs/14_trainers.ipynb #14-35
 def training_scheduler() -> DDIMScheduler:
     "Stable Diffusion's noise schedule, predicting ε; also the default sampler."
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -300,7 +300,7 @@ def denoising_loss(
     weight = (1 + 1 / compute_snr(scheduler, steps)).clamp(max=max_weight)
     return {"loss": (weight * error).mean(), "error": error.mean()}
 
-# %% ../nbs/14_trainers.ipynb #14-37
+# %% ../nbs/14_trainers.ipynb #14-40
 def is_image_batch(
     step: int, rank: int, world: int,
     image_steps: int,      # Steps at the start with images only
@@ -323,7 +323,7 @@ def draw_latents(
     frame = torch.randint(latents.shape[2], (n,), generator=generator)
     return latents[index, :, frame][:, :, None].float(), index
 
-# %% ../nbs/14_trainers.ipynb #14-41
+# %% ../nbs/14_trainers.ipynb #14-44
 def load_frozen(
     size: str,       # A row of SIZES
     vae: str = "",   # Folder of an autoencoder instead
@@ -339,7 +339,7 @@ def load_frozen(
     tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
-# %% ../nbs/14_trainers.ipynb #14-43
+# %% ../nbs/14_trainers.ipynb #14-46
 def require_training_memory(
     size: str,                           # A row of SIZES
     device: torch.device | None = None,  # Where it would train
