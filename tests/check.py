@@ -1,4 +1,4 @@
-"""Checks that are not unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP`.
+"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP`.
 
 None of them changes a file of the working tree, except `ship`, which is there to do that.
 """

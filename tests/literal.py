@@ -106,7 +106,7 @@ def motion_mask(z, p):
     "M_M, `b c t 1 1`, from the differences of equation (5); nothing follows the last frame."
     B, C, T, H, W = z.shape
     S = len(p["squeeze.weight"])
-    squeezed = each((B, S, T), lambda b, s, t: p["squeeze.bias"][s] + sum(
+    squeezed = each((B, S, T), lambda b, s, t: sum(
         p["squeeze.weight"][s, c, 0, 0, 0] * z[b, c, t] for c in range(C)))
 
     def motion(b, s):

@@ -169,6 +169,13 @@ def test_temporal_transformer_starts_as_the_identity_and_leaves_an_image():
     assert (block(x) - x).abs().max() > 1e-3
 
 
+def test_spatial_transformer_starts_as_the_identity():
+    block, x = SpatialTransformer(8, 4, 6, experts=2, norm_groups=2).double(), tokens(1, 8, 3, 2, 2)
+    text = tokens(1, 3, 6, seed=2)
+    assert torch.equal(block(x, text), x)
+    assert (literal.randomise(block)(x, text) - x).abs().max() > 1e-3
+
+
 def test_spatial_transformer_keeps_frames_and_clips_apart():
     block = literal.randomise(SpatialTransformer(8, 4, 6, experts=2, norm_groups=2)).eval()
     x, text = tokens(2, 8, 3, 2, 2), tokens(2, 3, 6, seed=2)
@@ -194,7 +201,8 @@ COMPARE = {
 }
 MUTANTS = {
     "groups not unshuffled": ("experts", "restored[place] = done[k]", "restored[k] = done[k]"),
-    "unshuffled the wrong way": ("experts", "restored[place] = done[k]", "restored[k] = done[place]"),
+    "unshuffled the wrong way": ("experts", "restored[place] = done[k]",
+                                 "restored[k] = done[place]"),
     "not shuffled": ("experts", "[tokens[i] for i in order]", "[tokens[i] for i in range(L)]"),
     "one expert for all": ("experts", "(w[e] for w in", "(w[0] for w in"),
     "last groups larger": ("experts", "if e < L % N", "if N - e <= L % N"),

@@ -29,6 +29,14 @@ TEXT_WEIGHTS = "text_encoder/model.safetensors"
 WORDS = "a red blue circle star moving left right on navy black background"
 
 
+def awake(unet):
+    "Random weights in place of zeros: a new UNet predicts 0 whatever it is given."
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return unet
+
+
 def build(**changes) -> VersVideoPipeline:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(WORDS.split(), max_length=12)
@@ -40,7 +48,7 @@ def build(**changes) -> VersVideoPipeline:
         vae=AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
             block_out_channels=(8, 8, 8, 8), norm_num_groups=4).eval(),
-        unet=VersVideoUNet(**SIZES["smoke"].unet, sample_size=(4, 2, 2)).eval(),
+        unet=awake(VersVideoUNet(**SIZES["smoke"].unet, sample_size=(4, 2, 2)).eval()),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                 clip_sample=False, set_alpha_to_one=False, steps_offset=1))
     pipe = VersVideoPipeline(**(parts | changes))

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import platform
@@ -210,14 +211,21 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/00_core.ipynb #00-31
-def provenance() -> dict:  # commit, dirty, date, python, versions, machine
-    "Where and with what a result is being made, ready for JSON."
+@functools.cache
+def _commit() -> tuple[str | None, bool | None]:
+    "Commit and dirty flag when a process first asks, so that a long run names what it started from."
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", "versvideo", "nbs", "settings.ini")
+    return commit, bool(changes) if commit else None
+
+
+def provenance() -> dict:  # commit, dirty, date, python, versions, machine
+    "Where and with what a result is being made, ready for JSON."
+    commit, dirty = _commit()
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
         "commit": commit,
-        "dirty": bool(changes) if commit else None,
+        "dirty": dirty,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {"versvideo": __version__, **{p: _version(p) for p in packages}},
