@@ -96,15 +96,15 @@ def test_clips_of_a_batch_do_not_meet():
 
 def test_save_and_load(tmp_path):
     unet = build()
-    unet.save_prebuild(tmp_path)
+    unet.save_pretrained(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json",
                                                     "diffusion_pytorch_model.safetensors"}
-    again = VersVideoUNet.from_prebuild(tmp_path)
+    again = VersVideoUNet.from_pretrained(tmp_path)
     assert not again.training and torch.equal(run(again), run(unet))
     for name, value in TINY.items():
         kept = again.config[name]
         assert (tuple(kept) if isinstance(value, tuple) else kept) == value
-    half = VersVideoUNet.from_prebuild(tmp_path, torch_dtype=torch.bfloat16)
+    half = VersVideoUNet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
 
 
@@ -263,8 +263,8 @@ def test_merge_changes_nothing_in_evaluation_and_is_written_down(tmp_path):
     after = dict(unet.named_parameters())
     for name, stack in stacks.items():
         assert (after[name] - literal.merged(stack)).abs().max() < 1e-6
-    unet.save_prebuild(tmp_path)
-    again = VersVideoUNet.from_prebuild(tmp_path)
+    unet.save_pretrained(tmp_path)
+    again = VersVideoUNet.from_pretrained(tmp_path)
     assert torch.equal(run(again), before) and torch.equal(run(again.train()), before)
     assert set(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == set(after)
 
