@@ -131,7 +131,7 @@ def prepare(cfg, model, loss_fn):
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)   # an image step leaves temporal parts idle
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, kwargs_handlers=[ddp])
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     objective, optimizer = accelerator.prepare(Objective(model, loss_fn), optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(cfg.warmup, cfg.steps // 10), cfg.steps)
     accelerator.register_for_checkpointing(schedule)

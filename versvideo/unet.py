@@ -215,7 +215,7 @@ SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stabl
 EMBEDDED = dict(layers_per_block=1, norm_groups=8, cross_attention_dim=128)
 SIZES = {
     "smoke": Size(tower((16, 32), head_dim=16, experts=(2, 2), **EMBEDDED), 4, 32, 32, "XS"),
-    "XS": Size(tower((32, 64, 128), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
+    "XS": Size(tower((64, 96, 96), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
     "S": Size(tower((64, 128, 256, 256), head_dim=32, cross_attention_dim=768), 16, 128, 128, SD15),
     "L": Size(tower((160, 320, 640, 640), head_dim=32, cross_attention_dim=768), 16, 256, 256, SD15),
     "H": Size(tower((320, 640, 1280, 1280), head_dim=64, cross_attention_dim=1024), 24, 320, 576, SD21),
