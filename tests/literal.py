@@ -248,10 +248,9 @@ def spatial_transformer(x, text, p, head_dim, groups, ffn):
 
 
 def position(t, width):
-    "Sines, then cosines, of wavelengths from 2π to 20000π."
-    half = width // 2
-    angles = [t * 10000 ** (-i / (half - 1)) for i in range(half)]
-    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]).double()
+    "Sines and cosines in turn, of wavelengths from 2π to almost 20000π."
+    angles = [t / 10000 ** (i / width) for i in range(0, width, 2)]
+    return torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)]).double()
 
 
 def temporal_transformer(x, p, head_dim, groups, ffn):
@@ -260,11 +259,12 @@ def temporal_transformer(x, p, head_dim, groups, ffn):
     normed = torch.stack([group_norm(clip, groups, part(p, "norm")) for clip in x])
 
     def place(b, i, j):
-        n = torch.stack([linear(normed[b, :, t, i, j], p, "proj_in") + position(t, C)
-                         for t in range(T)])
-        y = layer_norm(n, part(p, "norm1"))
-        n = n + attention(y, y, part(p, "self_attention"), head_dim)
-        n = n + ffn(layer_norm(n, part(p, "norm2")), part(p, "experts"))
+        n = torch.stack([linear(normed[b, :, t, i, j], p, "proj_in") for t in range(T)])
+        for k in range(sum(name.endswith("to_q.weight") for name in p)):
+            y = layer_norm(n, part(p, f"norms.{k}"))
+            y = torch.stack([y[t] + position(t, C) for t in range(T)])
+            n = n + attention(y, y, part(p, f"attentions.{k}"), head_dim)
+        n = n + ffn(layer_norm(n, part(p, "norm_experts")), part(p, "experts"))
         return torch.stack([x[b, :, t, i, j] + linear(n[t], p, "proj_out") for t in range(T)])
 
     return each((B, H, W), place).permute(0, 4, 3, 1, 2)

@@ -50,9 +50,9 @@ def compare_spatial(version=literal, training=True):
     return literal.gap(block.train(training)(x, text), want, [x, text, *p.values()])
 
 
-def compare_temporal(version=literal, training=True):
+def compare_temporal(version=literal, training=True, attentions=1):
     torch.manual_seed(0)
-    block = literal.randomise(TemporalTransformer(8, 4, experts=2, norm_groups=2))
+    block = literal.randomise(TemporalTransformer(8, 4, 2, norm_groups=2, attentions=attentions))
     x = tokens(2, 8, 5, 1, 2)
     p, order = dict(block.named_parameters()), in_order(5, 5)
     ffn = (lambda n, w: version.moe(n, w, order)) if training else version.mean_expert
@@ -157,8 +157,9 @@ def test_spatial_transformer(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_temporal_transformer(training):
-    assert max(compare_temporal(training=training)) < POSITIONS
+@pytest.mark.parametrize("attentions", [1, 2])
+def test_temporal_transformer(training, attentions):
+    assert max(compare_temporal(training=training, attentions=attentions)) < POSITIONS
 
 
 def test_temporal_transformer_starts_as_the_identity_and_leaves_an_image():
@@ -227,8 +228,9 @@ MUTANTS = {
         "for clip in x"),
     "no positions": ("temporal", "+ position(t, C)", ""),
     "positions reversed": ("temporal", "position(t, C)", "position(T - 1 - t, C)"),
-    "cosines first": ("temporal", "[math.sin(a) for a in angles] + [math.cos(a) for a in angles]",
-                      "[math.cos(a) for a in angles] + [math.sin(a) for a in angles]"),
+    "cosines first": ("temporal", "for f in (math.sin, math.cos)", "for f in (math.cos, math.sin)"),
+    "positions of other wavelengths": ("temporal", "10000 ** (i / width)",
+                                       "10000 ** (i / (width - 2))"),
 }
 
 

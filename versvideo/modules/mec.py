@@ -62,7 +62,7 @@ class MotionExcitation(nn.Module):
     ):
         super().__init__()
         squeezed = max(channels // reduction, 1)
-        self.squeeze = nn.Conv3d(channels, squeezed, 1, bias=False)   # a bias would vanish in the difference
+        self.squeeze = nn.Conv3d(channels, squeezed, 1, bias=False)   # a bias all but vanishes in the difference
         self.filter = nn.Conv3d(squeezed, squeezed, (1, 3, 3), padding=(0, 1, 1), groups=squeezed, bias=False)
         self.extend = nn.Conv3d(squeezed, channels, 1)
         nn.init.dirac_(self.filter.weight, groups=squeezed)
