@@ -475,7 +475,7 @@ def test_pickled_weights_are_not_read(copied):
 
 @pytest.mark.parametrize(("name", "error", "message"), [
     ("H", FileNotFoundError, "comes without weights.*nbs/20_train_unet.ipynb.* -p size H"),
-    ("Q", ValueError, r"='Q' is unknown: choose one of smoke, XS, S, L, H"),
+    ("Q", ValueError, r"='Q' is unknown: choose one of smoke, XS, S, SD15, L, H"),
     ("xs", ValueError, "did you mean 'XS'"),
     ("results/none/weights", FileNotFoundError, "there is no folder results/none/weights"),
 ])

@@ -65,7 +65,9 @@ def test_shape_is_kept(shape):
 @pytest.mark.parametrize("changes", [
     dict(layers_per_block=2), dict(block_out_channels=(16, 16, 24), attention_levels=(False,) * 3),
     dict(in_channels=8), dict(experts=(1, 1)),
-    dict(block_out_channels=(16,), attention_levels=(True,))])
+    dict(block_out_channels=(16,), attention_levels=(True,)), dict(head_dim=(4, 8)),
+    dict(temporal_levels=(True, True), temporal_attentions=2),
+    dict(attention_levels=(False, True), temporal_levels=(True, False))])
 def test_other_configs(changes):
     unet = build(**changes)
     x = torch.randn(1, unet.config.in_channels, 2, 5, 7)
@@ -208,6 +210,7 @@ def test_wrong_samples_are_named(shape):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(attention_levels=(True,)), "attention_levels"), (dict(head_dim=7), "head_dim=7"),
+    (dict(temporal_levels=(True,) * 3), "temporal_levels"), (dict(head_dim=(8,)), "head_dim"),
     (dict(experts=(0, 1)), "experts=0")])
 def test_wrong_configs_are_named(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -140,8 +140,8 @@ CLIP_SIZES = {
 def clip_size(
     name: str,  # smoke or XS
 ) -> ClipSize:
-    "The row of CLIP_SIZES. ValueError for S, L and H, whose CLIP is public and pretrained."
-    if name in ("S", "L", "H"):
+    "The row of CLIP_SIZES. ValueError for S, SD15, L and H, whose CLIP is public and pretrained."
+    if name in ("S", "SD15", "L", "H"):
         raise ValueError(f"size={name!r} uses a public pretrained CLIP, so there is nothing "
                          "to train: choose smoke or XS")
     return pick(CLIP_SIZES, name, "size")

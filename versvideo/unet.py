@@ -50,18 +50,15 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #04-10
 class Layer(nn.Module):
-    "Residual block, then the spatial and the temporal transformer where the level has attention."
-    def __init__(self, channels_in, channels_out, step_dim, attend, head_dim, text_dim, experts, norm_groups):
+    "Residual block, then a spatial and a temporal transformer, each where it is given."
+    def __init__(self, res, spatial=None, temporal=None):
         super().__init__()
-        self.res = ResBlock(channels_in, channels_out, step_dim, norm_groups)
-        self.spatial = self.temporal = None
-        if attend:
-            self.spatial = SpatialTransformer(channels_out, head_dim, text_dim, experts[0], norm_groups)
-            self.temporal = TemporalTransformer(channels_out, head_dim, experts[1], norm_groups)
+        self.res, self.spatial, self.temporal = res, spatial, temporal
 
     def forward(self, x, step, text):
         x = self.res(x, step)
-        return x if self.spatial is None else self.temporal(self.spatial(x, text))
+        if self.spatial is not None: x = self.spatial(x, text)
+        return x if self.temporal is None else self.temporal(x)
 
 
 class Downsample(nn.Module):
@@ -101,38 +98,49 @@ class VersVideoUNet(ModelMixin, ConfigMixin):
         block_out_channels: tuple = (64, 128),       # Channels of each level
         layers_per_block: int = 1,                   # Layers a level on the way down; one more on the way up
         attention_levels: tuple = (True, True),      # Which levels have the transformers (the middle always has)
-        head_dim: int = 32,                          # Width of an attention head
+        head_dim: int | tuple = 32,                  # Width of an attention head, or one for each level
         cross_attention_dim: int = 128,              # Width of the text tokens
         experts: tuple = (4, 4),                     # N spatial, M temporal
         norm_groups: int = 32,                       # Groups of every group norm
         sample_size: tuple = (16, 8, 8),             # Latent frames, height, width it was made for; not a limit
+        temporal_levels: tuple | None = None,        # Which levels have the temporal transformer; None: attention_levels
+        temporal_attentions: int = 1,                # Self-attentions of a temporal transformer
     ):
         super().__init__()
-        if len(attention_levels) != len(block_out_channels):
-            raise ValueError(f"attention_levels={attention_levels} needs one entry for each of the "
-                             f"{len(block_out_channels)} levels of block_out_channels={block_out_channels}")
         widths, n, step_dim = block_out_channels, layers_per_block, 4 * block_out_channels[0]
-        layer = lambda c_in, c_out, attend: Layer(
-            c_in, c_out, step_dim, attend, head_dim, cross_attention_dim, experts, norm_groups)
+        if temporal_levels is None: temporal_levels = attention_levels
+        if isinstance(head_dim, int): head_dim = (head_dim,) * len(widths)
+        for name, value in dict(attention_levels=attention_levels, temporal_levels=temporal_levels, head_dim=head_dim).items():
+            if len(value) != len(widths):
+                raise ValueError(f"{name}={value} needs one entry for each of the {len(widths)} levels of "
+                                 f"block_out_channels={widths}")
+
+        def layer(c_in, level, middle=False):
+            c, d, spatial, temporal = widths[level], head_dim[level], None, None
+            if middle or attention_levels[level]:
+                spatial = SpatialTransformer(c, d, cross_attention_dim, experts[0], norm_groups)
+            if middle or temporal_levels[level]:
+                temporal = TemporalTransformer(c, d, experts[1], norm_groups, temporal_attentions)
+            return Layer(ResBlock(c_in, c, step_dim, norm_groups), spatial, temporal)
+
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(widths[0], step_dim)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
 
         self.down, skips = nn.ModuleList(), [widths[0]]
         for level, (c_in, c) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-            level_layers = [layer(c_in if i == 0 else c, c, attention_levels[level]) for i in range(n)]
-            self.down.append(nn.ModuleList(level_layers))
+            self.down.append(nn.ModuleList(layer(c_in if i == 0 else c, level) for i in range(n)))
             skips += [c] * n + [c] * (level < len(widths) - 1)
         self.downsample = nn.ModuleList(Downsample(c) for c in widths[:-1])
 
-        self.middle = layer(widths[-1], widths[-1], True)
+        self.middle = layer(widths[-1], len(widths) - 1, middle=True)
         self.middle_out = ResBlock(widths[-1], widths[-1], step_dim, norm_groups)
 
         self.up, c_in = nn.ModuleList(), widths[-1]
         for level in reversed(range(len(widths))):
             level_layers = []
             for _ in range(n + 1):
-                level_layers.append(layer(c_in + skips.pop(), widths[level], attention_levels[level]))
+                level_layers.append(layer(c_in + skips.pop(), level))
                 c_in = widths[level]
             self.up.append(nn.ModuleList(level_layers))
         self.upsample = nn.ModuleList(Upsample(c) for c in reversed(widths[1:]))
@@ -217,6 +225,8 @@ SIZES = {
     "smoke": Size(tower((16, 32), head_dim=16, experts=(2, 2), **EMBEDDED), 4, 32, 32, "XS"),
     "XS": Size(tower((64, 96, 96), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
     "S": Size(tower((64, 128, 256, 256), head_dim=32, cross_attention_dim=768), 16, 128, 128, SD15),
+    "SD15": Size(tower((320, 640, 1280, 1280), head_dim=(40, 80, 160, 160), cross_attention_dim=768, temporal_levels=(True,) * 4,
+                       temporal_attentions=2), 16, 512, 512, SD15),
     "L": Size(tower((160, 320, 640, 640), head_dim=32, cross_attention_dim=768), 16, 256, 256, SD15),
     "H": Size(tower((320, 640, 1280, 1280), head_dim=64, cross_attention_dim=1024), 24, 320, 576, SD21),
 }

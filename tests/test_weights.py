@@ -1,0 +1,109 @@
+"""Other people's weights: where they are read from, and that a misfit changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import MotionAdapter, UNet2DConditionModel
+
+from versvideo.unet import VersVideoUNet
+from versvideo.weights import (
+    adapter_config,
+    load_image_unet,
+    load_init,
+    load_motion_adapter,
+    video_config,
+)
+
+SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=6,
+             layers_per_block=1, attention_head_dim=2,
+             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+
+
+def image_unet(**changes):
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**SMALL | changes).eval()
+
+
+def motion_adapter(**changes):
+    torch.manual_seed(1)
+    return MotionAdapter(**dict(block_out_channels=(8, 16), motion_layers_per_block=1,
+                                motion_num_attention_heads=2, motion_norm_num_groups=4) | changes)
+
+
+def video_unet(image, **changes):
+    torch.manual_seed(2)
+    config = adapter_config(image.config, motion_adapter().config)
+    return VersVideoUNet(**config | dict(experts=(2, 2)) | changes).eval()
+
+
+def state(unet):
+    return copy.deepcopy(unet.state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_every_frame_is_the_image_model_s(linear):
+    image = image_unet(use_linear_projection=linear)
+    unet = VersVideoUNet(**video_config(image.config), experts=(3, 2))
+    load_image_unet(unet, image)
+    z, text, step = torch.randn(2, 4, 3, 6, 5), torch.randn(2, 7, 6), torch.tensor([3, 700])
+    with torch.no_grad():
+        want = torch.stack([image(z[:, :, t], step, text).sample for t in range(3)], dim=2)
+        for train in (False, True):
+            assert (unet.train(train)(z, step, text).sample - want).abs().max() < 1e-5
+
+
+def test_folders_of_models_and_of_a_pipeline(tmp_path):
+    image, adapter = image_unet(), motion_adapter()
+    image.save_pretrained(tmp_path / "pipe" / "unet")
+    adapter.save_pretrained(tmp_path / "adapter")
+    want = video_unet(image)
+    load_image_unet(want, image), load_motion_adapter(want, adapter)
+    for folder in ("pipe", "pipe/unet"):
+        unet = video_unet(image)
+        load_init(unet, f"{tmp_path / folder}+{tmp_path / 'adapter'}")
+        assert same(state(unet), state(want))
+    unet = video_unet(image)
+    assert len(load_init(unet, str(tmp_path / "pipe"))) == 1 and not same(state(unet), state(want))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    image = image_unet()
+    image.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        load_image_unet(video_unet(image), tmp_path)
+
+
+def test_a_misfit_is_named_and_changes_nothing():
+    image, adapter = image_unet(), motion_adapter()
+    unet = video_unet(image)
+    before = state(unet)
+    for load, message in [
+            (lambda: load_image_unet(unet, image_unet(block_out_channels=(8, 24))), "block_out_c"),
+            (lambda: load_image_unet(unet, image_unet(cross_attention_dim=8)), "cross_attention"),
+            (lambda: load_image_unet(unet, image_unet(attention_head_dim=4)), "head_dim"),
+            (lambda: load_motion_adapter(unet, motion_adapter(block_out_channels=(8, 24))),
+             "do not fit"),
+            (lambda: load_motion_adapter(unet, motion_adapter(motion_layers_per_block=2)),
+             "has no place")]:
+        with pytest.raises(ValueError, match=message):
+            load()
+        assert same(state(unet), before)
+    with pytest.raises(ValueError, match="has no place"):
+        load_motion_adapter(video_unet(image, temporal_attentions=1), adapter)
+
+
+def test_reports_name_every_key():
+    image, adapter = image_unet(), motion_adapter()
+    unet = video_unet(image)
+    mine = set(unet.state_dict())
+    for report, other in ((load_image_unet(unet, image), image),
+                          (load_motion_adapter(unet, adapter), adapter)):
+        assert set(report.mapped) | set(report.computed) == set(other.state_dict())
+        assert set(report.mapped.values()) | set(report.kept) == mine
+        assert len(report.mapped) + len(report.kept) == len(mine)
