@@ -249,6 +249,11 @@ def test_callback_gets_what_it_asks_for(pipe):
     assert torch.equal(looked, latents_of(pipe))
 
 
+def test_callback_may_return_more_than_the_walk_uses(pipe):
+    extra = latents_of(pipe, callback_on_step_end=lambda *args: {"frames": 3})
+    assert torch.equal(extra, latents_of(pipe))
+
+
 def test_official_callback_switches_guidance_off(pipe):
     off = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     cut = latents_of(pipe, callback_on_step_end=off)
@@ -281,6 +286,8 @@ def test_interrupt(pipe):
     (dict(negative_prompt=3), TypeError, "negative_prompt=3"),
     (dict(negative_prompt=["a", "b"]), ValueError, "2 texts for 1 prompts"),
     (dict(negative_prompt_embeds=torch.zeros(2, 12, 128)), ValueError, r"shape \(2, 12, 128\)"),
+    (dict(prompt=None, prompt_embeds=torch.zeros(12, 128)), ValueError, r"\(12, 128\).*d=128"),
+    (dict(prompt=None, prompt_embeds=torch.zeros(1, 12, 64)), ValueError, r"64\).*b n d.*d=128"),
     (dict(num_frames=0), ValueError, "num_frames=0: give a whole number of at least 1"),
     (dict(num_frames=2.5), ValueError, "num_frames=2.5"),
     (dict(height=60), ValueError, "height=60 is not a multiple of 8: use 64"),

@@ -31,6 +31,7 @@ from versvideo.trainers import (
     draw_timesteps,
     fit,
     is_image_batch,
+    load_frozen,
     require_training_memory,
     training_scheduler,
 )
@@ -145,6 +146,26 @@ def test_fit_is_adamw_by_hand(ema, clip):
     assert (got - (w if ema else mean)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("share", [0.1, 0.])
+def test_pretrained_parameters_learn_at_their_share(share, monkeypatch):
+    unet, seen, step = build_unet(), [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append([(g["lr"], len(g["params"])) for g in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    old = {name for name, _ in unet.named_parameters() if ".spatial." in name}
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    fit(numbers(steps=2, warmup=0, lr=0.01, ema_decay=None, pretrained_share=share), unet,
+        unet_loss, latent_batch, pretrained=old)
+    (lr, new), *rest = seen[0]
+    assert lr == 0.01 and new == len(before) - len(old)
+    assert rest == ([(pytest.approx(0.001), len(old))] if share else [])
+    moved = {name for name, p in unet.named_parameters() if not torch.equal(p, before[name])}
+    assert moved - old and bool(moved & old) == bool(share)
+
+
 def test_after_step_comes_between_the_optimiser_and_the_moving_average():
     model, seen = nn.Linear(2, 2, bias=False), []
 
@@ -233,6 +254,26 @@ def test_finished_run_is_read_not_repeated(tmp_path):
     want, rows = train(tmp_path)
     got, again = train(tmp_path, dies_at(0, latent_batch))
     assert far(got, want) == 0 and again == rows
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    train(tmp_path)
+    for changes, message in [(dict(seed=3), "seed=0, not 3"), (dict(steps=9), "steps=7, not 9")]:
+        with pytest.raises(ValueError, match=f"{message}.*choose another folder"):
+            train(tmp_path, **changes)
+    train(tmp_path, log_every=1, save_every=1)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "save_every"])
+def test_numbers_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0: at least 1"):
+        numbers(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["vae", "clip"])
+def test_folder_that_is_not_there_is_named(name):
+    with pytest.raises(FileNotFoundError, match=f"{name}='results/nope': there is no folder"):
+        load_frozen("XS", **{name: "results/nope"})
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path):
@@ -565,10 +606,13 @@ def test_size_that_does_not_fit_is_refused_before_allocation(monkeypatch):
         torch.zeros(2**20)
     monkeypatch.setattr(core, "free_memory", lambda device=None: 30 * 10**9)
     with NoAllocation():
-        require_training_memory("smoke", torch.device("cpu"))
+        require_training_memory("smoke", numbers(), device=torch.device("cpu"))
         with pytest.raises(MemoryError) as error:
-            require_training_memory("H", torch.device("cpu"))
-    for text in ("training size H (205", "needs 38.", "GiB on cpu",
+            require_training_memory("H", numbers(batch_size=1), True, torch.device("cpu"))
+        with pytest.raises(MemoryError, match="for a batch of 64 clips"):
+            require_training_memory("S", numbers(batch_size=64), device=torch.device("cpu"))
+        require_training_memory("S", numbers(batch_size=64), True, torch.device("cpu"))
+    for text in ("training size H (205", "for a batch of 1 clips", "needs 5", "GiB on cpu",
                  "27.9 GiB are free", "smaller size", "accelerate launch", "-p size H"):
         assert text in str(error.value)
 

@@ -220,10 +220,14 @@ class VideoDenoiser(DiffusionPipeline):
         "Embeddings `b n d` of prompts and negative prompts (None without guidance), a row a video."
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds)
         if prompts is not None:
-            warn_about_words(self.tokenizer, prompts)
+            warn_about_words(self.tokenizer, prompts + [text for text in negatives if text])
             prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompts)
         if self.do_classifier_free_guidance and negative_prompt_embeds is None:
             negative_prompt_embeds = encode_text(self.text_encoder, self.tokenizer, negatives)
+        width = self.unet.config.cross_attention_dim
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width:
+            raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: the UNet reads "
+                             f"b n d with d={width}")
         both = [e for e in (prompt_embeds, negative_prompt_embeds) if e is not None]
         if both[0].shape != both[-1].shape:
             raise ValueError(f"negative_prompt_embeds of shape {tuple(both[1].shape)}: give the "
@@ -252,7 +256,8 @@ class VideoDenoiser(DiffusionPipeline):
                 if callback is not None:
                     tensors = {"latents": latents, **embeds}
                     handed = {name: tensors[name] for name in callback_inputs}
-                    tensors.update(callback(self, i, t_idx, handed) or {})
+                    changed = callback(self, i, t_idx, handed) or {}
+                    tensors |= {k: v for k, v in changed.items() if k in tensors}
                     latents = tensors.pop("latents")
                     embeds = tensors
                 bar.update()

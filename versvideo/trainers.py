@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
-           'require_finite', 'prepare', 'fit', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps',
-           'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen', 'require_training_memory']
+           'require_finite', 'parameter_groups', 'prepare', 'fit', 'run_folder', 'write_run', 'training_scheduler',
+           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen', 'activation_bytes',
+           'require_training_memory']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from versvideo.core import (
     write_json,
 )
 from .pipeline import WEIGHTS
-from .unet import SIZES, count_parameters
+from .unet import SIZES, Layer, Size, VersVideoUNet, count_parameters
 
 # %% ../nbs/14_trainers.ipynb #14-06
 @dataclass
@@ -52,6 +53,11 @@ class FitConfig:
     log_every: int = 10           # Steps between rows of the curve
     save_every: int = 200         # Steps between checkpoints
     mixed_precision: str = "no"   # no | bf16 | fp16
+    pretrained_share: float = 1.0  # Of `lr`, for parameters that come trained; 0 freezes them
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
 
 
 class Objective(nn.Module):
@@ -94,7 +100,7 @@ def checkpoint_step(path): return int(path.name.removeprefix("step-"))
 def checkpoints(folder): return sorted(folder.glob("step-*"), key=checkpoint_step)
 
 
-def save_checkpoint(accelerator, folder, step, log, keep=2):
+def save_checkpoint(accelerator, folder, step, log, cfg, keep=2):
     "Write `folder/step-NNNNNN` with model, optimiser, schedule, moving average, random state and curve; atomic."
     target = folder / f"step-{step:06d}"
     partial = folder / f".step-{step:06d}.partial"
@@ -102,6 +108,7 @@ def save_checkpoint(accelerator, folder, step, log, keep=2):
     accelerator.wait_for_everyone()   # every process has its random state in there
     if accelerator.is_main_process:
         write_json(partial / "curve.json", log.state())
+        write_json(partial / "fit.json", asdict(cfg))
         partial.rename(target)
         for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -109,11 +116,16 @@ def save_checkpoint(accelerator, folder, step, log, keep=2):
 
 def load_checkpoint(
     accelerator,
-    folder: Path
-) -> tuple:  # Step to go on from, curve so far
+    folder: Path,
+    cfg,         # ValueError where the run in the folder had other numbers
+) -> tuple:      # Step to go on from, curve so far
     "Restore the newest checkpoint of a folder, if there is one."
     found = checkpoints(folder)
     if not found: return 0, Log()
+    had = read_json(found[-1] / "fit.json")
+    other = [f"{k}={had[k]}, not {v}" for k, v in asdict(cfg).items()
+             if k in had and had[k] != v and k not in ("log_every", "save_every")]
+    if other: raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
     accelerator.load_state(found[-1])
     return checkpoint_step(found[-1]), Log(**read_json(found[-1] / "curve.json"))
 
@@ -130,12 +142,25 @@ def require_finite(name, value, step, cfg):
                            f"grad_clip={cfg.grad_clip} and start again from the last checkpoint")
 
 
-def prepare(cfg, model, loss_fn):
+def parameter_groups(model, cfg, pretrained):
+    "New parameters, at `cfg.lr`, and those named in `pretrained`, at their share of it, or frozen."
+    names = {name for name, _ in model.named_parameters()}
+    if not names >= set(pretrained):
+        raise ValueError(f"pretrained={sorted(set(pretrained) - names)[:3]} are no parameters of this model")
+    groups = {1.: [], cfg.pretrained_share: []}
+    for name, p in model.named_parameters():
+        share = cfg.pretrained_share if name in pretrained else 1.
+        if not share: p.requires_grad_(False)
+        if p.requires_grad: groups[share].append(p)
+    return [dict(params=params, lr=cfg.lr * share) for share, params in groups.items() if params]
+
+
+def prepare(cfg, model, loss_fn, pretrained):
     "Accelerator, wrapped objective, optimiser, schedule and moving average, all registered for checkpoints."
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)   # an image step leaves temporal parts idle
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, kwargs_handlers=[ddp])
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    groups = parameter_groups(model, cfg, pretrained)
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
     objective, optimizer = accelerator.prepare(Objective(model, loss_fn), optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(cfg.warmup, cfg.steps // 10), cfg.steps)
     accelerator.register_for_checkpointing(schedule)
@@ -154,11 +179,12 @@ def fit(
     batch_fn,           # `(step, rank, world) -> dict` of tensors; must depend on nothing else
     folder: Path | None = None,  # Checkpoints; an interrupted run in the same folder goes on from there
     after_step=None,    # `(model) -> None`, after each optimiser step
+    pretrained=(),      # Names of parameters that learn at `cfg.pretrained_share` of the rate
 ) -> Log:
     "Train on accelerate: AdamW, warm-up and cosine, clipping, moving average, checkpoints, resume."
-    accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn)
+    accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn, pretrained)
     rank, world = accelerator.process_index, accelerator.num_processes
-    start, log = load_checkpoint(accelerator, folder) if folder else (0, Log())
+    start, log = load_checkpoint(accelerator, folder, cfg) if folder else (0, Log())
     if ema and start: ema.to(accelerator.device)   # a checkpoint brings it back on the CPU
     objective.train()
     for step in progress(range(start, cfg.steps), "train"):
@@ -172,10 +198,10 @@ def fit(
         optimizer.step(), schedule.step(), optimizer.zero_grad(set_to_none=True)
         if after_step: after_step(model)
         if ema: ema.step(objective.parameters())
-        log.add({**losses, "grad_norm": norm})
+        log.add(losses | ({"grad_norm": norm} if torch.isfinite(norm) else {}))
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last: log.close_row(done, schedule.get_last_lr()[0])
-        if folder and (done % cfg.save_every == 0 or last): save_checkpoint(accelerator, folder, done, log)
+        if folder and (done % cfg.save_every == 0 or last): save_checkpoint(accelerator, folder, done, log, cfg)
     if ema: ema.copy_to(objective.parameters())
     model.eval()
     return log
@@ -260,6 +286,9 @@ def load_frozen(
     clip: str = "",  # Folder with `text_encoder/` and `tokenizer/` instead
 ) -> tuple:          # Autoencoder, text encoder, tokenizer; in evaluation mode, without gradients
     "The models that a UNet of this size is trained on."
+    for name, folder in dict(vae=vae, clip=clip).items():
+        if folder and not repo_path(folder).is_dir():
+            raise FileNotFoundError(f"{name}={folder!r}: there is no folder {repo_path(folder)}; leave {name} empty for the size's own")
     base = SIZES[size].base
     base = WEIGHTS / base if base in SIZES else base
     image_vae = (AutoencoderKL.from_pretrained(repo_path(vae)) if vae else
@@ -272,14 +301,39 @@ def load_frozen(
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/14_trainers.ipynb #14-34
+def activation_bytes(
+    size: Size
+) -> tuple:  # Bytes for one clip in fp32: all of them, and with gradient checkpointing
+    "What a training step keeps for its backward pass, counted without allocating any."
+    kept, parts = {}, []
+    held = lambda: sum(storage.nbytes() for storage in kept.values())
+    def before(part, inputs): parts.append([inputs[0].nbytes, held()])
+    def after(part, inputs, output): parts[-1][1] = held() - parts[-1][1]
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter): kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.device("meta"), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        unet = VersVideoUNet(**size.unet).train()
+        for part in [*(m for m in unet.modules() if isinstance(m, Layer)), unet.middle_out]:
+            part.register_forward_pre_hook(before), part.register_forward_hook(after)
+        text = torch.empty(1, 77, unet.config.cross_attention_dim)
+        unet(torch.empty(1, unet.config.in_channels, *size.latent()), 0, text)
+    inputs, inside = zip(*parts, strict=True)
+    return held(), held() - sum(inside) + sum(inputs) + max(inside)
+
+
 def require_training_memory(
     size: str,                           # A row of SIZES
+    cfg: FitConfig,                      # Its batch size and precision count
+    checkpointing: bool = False,         # With gradient checkpointing
     device: torch.device | None = None,  # Where it would train
 ):
-    "MemoryError, before anything is allocated, when the weights and the optimiser of a size do not fit."
+    "MemoryError, before anything is allocated, when weights, optimiser and one batch of a size do not fit."
     trained, _ = count_parameters(SIZES[size])
+    batch = cfg.batch_size * activation_bytes(SIZES[size])[checkpointing] * (1 if cfg.mixed_precision == "no" else 0.75)
     require_memory(
-        20 * trained, f"training size {size} ({trained/1e6:.0f} M parameters, 20 bytes each for weights, gradients, "
-        "AdamW and moving average)",
+        20 * trained + int(batch), f"training size {size} ({trained/1e6:.0f} M parameters, 20 bytes each for weights, gradients, "
+        f"AdamW and moving average, and {batch/2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
         "take a smaller size, or a machine with more memory; with several GPUs: accelerate launch --no_python bash -c "
         f"'papermill nbs/20_train_unet.ipynb out-$RANK.ipynb -p size {size} -p out results/{size}'", device=device)
