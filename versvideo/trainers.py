@@ -310,11 +310,13 @@ def activation_bytes(
     def before(part, inputs): parts.append([inputs[0].nbytes, held()])
     def after(part, inputs, output): parts[-1][1] = held() - parts[-1][1]
     def keep(tensor):
-        if not isinstance(tensor, nn.Parameter): kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights: kept[storage._cdata] = storage
         return tensor
 
     with torch.device("meta"), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         unet = VersVideoUNet(**size.unet).train()
+        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         for part in [*(m for m in unet.modules() if isinstance(m, Layer)), unet.middle_out]:
             part.register_forward_pre_hook(before), part.register_forward_hook(after)
         text = torch.empty(1, 77, unet.config.cross_attention_dim)
