@@ -260,9 +260,11 @@ def temporal_transformer(x, p, head_dim, groups, ffn):
 
     def place(b, i, j):
         n = torch.stack([linear(normed[b, :, t, i, j], p, "proj_in") for t in range(T)])
+        where = [position(t, C) for t in range(T)]
+        n = n + p["position_gain"] * torch.stack(where)
         for k in range(sum(name.endswith("to_q.weight") for name in p)):
             y = layer_norm(n, part(p, f"norms.{k}"))
-            y = torch.stack([y[t] + position(t, C) for t in range(T)])
+            y = torch.stack([y[t] + where[t] for t in range(T)])
             n = n + attention(y, y, part(p, f"attentions.{k}"), head_dim)
         n = n + ffn(layer_norm(n, part(p, "norm_experts")), part(p, "experts"))
         return torch.stack([x[b, :, t, i, j] + linear(n[t], p, "proj_out") for t in range(T)])

@@ -226,7 +226,8 @@ MUTANTS = {
         "temporal", 'group_norm(clip, groups, part(p, "norm")) for clip in x',
         'torch.stack([group_norm(f, groups, part(p, "norm")) for f in clip.unbind(1)], 1) '
         "for clip in x"),
-    "no positions": ("temporal", "+ position(t, C)", ""),
+    "attention reads no positions": ("temporal", "+ where[t]", ""),
+    "tokens carry no positions": ("temporal", 'p["position_gain"] *', 'p["position_gain"] * 0 *'),
     "positions reversed": ("temporal", "position(t, C)", "position(T - 1 - t, C)"),
     "cosines first": ("temporal", "for f in (math.sin, math.cos)", "for f in (math.cos, math.sin)"),
     "positions of other wavelengths": ("temporal", "10000 ** (i / width)",

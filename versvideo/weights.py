@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
+from torch import nn
 
 from .unet import SD15, SD21, VersVideoUNet
 
@@ -175,9 +176,12 @@ def load_motion_adapter(
     unet: VersVideoUNet,                  # Changed in place
     adapter: MotionAdapter | str | Path,  # The model, its folder or its hub id
 ) -> Report:
-    "Load the temporal transformers of a motion adapter (AnimateDiff)."
+    "Load the temporal transformers of a motion adapter (AnimateDiff); their tokens carry no frame numbers of their own (`position_gain` 0)."
     weights = pretrained(MotionAdapter, adapter).state_dict()
-    return load_translated(unet, weights, ADAPTER_NAMES, computed=r"\.pos_embed\.pe$")
+    report = load_translated(unet, weights, ADAPTER_NAMES, computed=r"\.pos_embed\.pe$")
+    for name in report.mapped.values():
+        if name.endswith(".temporal.proj_in.weight"): nn.init.zeros_(unet.get_submodule(name.removesuffix(".proj_in.weight")).position_gain)
+    return report
 
 # %% ../nbs/05_weights.ipynb #05-30
 HUB = {"sd15": SD15, "sd21": SD21, "adapter": "guoyww/animatediff-motion-adapter-v1-5-2"}

@@ -135,6 +135,7 @@ class TemporalTransformer(nn.Module):
         self.norm_experts = nn.LayerNorm(channels)
         self.attentions = nn.ModuleList(attention(channels, head_dim) for _ in range(attentions))
         self.experts = ExpertFeedForward(channels, experts)
+        self.position_gain = nn.Parameter(torch.ones(1))
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
@@ -143,6 +144,7 @@ class TemporalTransformer(nn.Module):
         if t == 1: return x
         n = self.proj_in(rearrange(self.norm(x), "b c t h w -> (b h w) t c"))
         positions = frame_positions(t, c, x.device).to(n.dtype)
+        n = n + self.position_gain * positions
         for norm, attend in zip(self.norms, self.attentions, strict=True): n = n + attend(norm(n) + positions)
         n = n + self.experts(self.norm_experts(n))
         return x + rearrange(self.proj_out(n), "(b h w) t c -> b c t h w", h=h, w=w)
