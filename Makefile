@@ -46,7 +46,8 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs
 
 # Each run leaves its checkpoints in its folder and continues from them, so that make results can be
-# stopped and started again. The trained pipeline becomes the one that the package ships.
+# stopped and started again; they go when all is done. The trained pipeline becomes the one that the
+# package ships.
 results: $(INSTALLED)
 	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
 	    size=XS out=results/21_train_vae-XS-s0
@@ -58,6 +59,7 @@ results: $(INSTALLED)
 	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights results/24_train_clip-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(BIN)/nbdev_clean --fname results
+	rm -rf results/*-XS-s0/checkpoints
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache

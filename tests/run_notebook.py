@@ -45,7 +45,12 @@ def parse(arguments: list[str], known: dict) -> dict:
         if not equals:
             raise ValueError(f"{argument!r} is not name=value")
         default = pick(known, name, "parameter")
-        values[name] = ast.literal_eval(text) if isinstance(default, bool) else type(default)(text)
+        kind = type(default)
+        try:
+            values[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            wanted = "True or False" if kind is bool else f"a value like {default!r}"
+            raise ValueError(f"{name}={text!r}: give {wanted}") from error
     return values
 
 

@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from versvideo import pipeline
-from versvideo.pipeline import SCHEDULERS, VersVideoPipeline, get_scheduler, load_pipeline
+from versvideo.pipeline import (
+    SCHEDULERS,
+    VersVideoPipeline,
+    find_pipeline,
+    get_scheduler,
+    load_pipeline,
+)
 from versvideo.saved import save_pipeline
 from versvideo.text import ClipSize, build_clip, build_tokenizer, split_clip
 from versvideo.unet import SIZES, VersVideoUNet
@@ -286,6 +292,8 @@ def test_interrupt(pipe):
     (dict(negative_prompt=3), TypeError, "negative_prompt=3"),
     (dict(negative_prompt=["a", "b"]), ValueError, "2 texts for 1 prompts"),
     (dict(negative_prompt_embeds=torch.zeros(2, 12, 128)), ValueError, r"shape \(2, 12, 128\)"),
+    (dict(negative_prompt="a", negative_prompt_embeds=torch.zeros(1, 12, 128)), ValueError,
+     "both of negative_prompt and negative_prompt_embeds"),
     (dict(prompt=None, prompt_embeds=torch.zeros(12, 128)), ValueError, r"\(12, 128\).*d=128"),
     (dict(prompt=None, prompt_embeds=torch.zeros(1, 12, 64)), ValueError, r"64\).*b n d.*d=128"),
     (dict(num_frames=0), ValueError, "num_frames=0: give a whole number of at least 1"),
@@ -298,6 +306,7 @@ def test_interrupt(pipe):
     (dict(decode_chunk_size=0), ValueError, "decode_chunk_size=0"),
     (dict(latents=noise(t=5)), ValueError, r"of shape \(1, 4, 5, 2, 2\).*\(1, 4, 4, 2, 2\)"),
     (dict(generator=[seeded()] * 2), ValueError, "a list of 2 for 1 videos"),
+    (dict(eta=5), ValueError, "eta=5: give a number from 0 to 1"),
     (dict(output_type="gif"), ValueError, "output_type='gif' is unknown: choose one of pt, np"),
     (dict(callback_on_step_end_tensor_inputs=["eps"]), ValueError, "tensor_inputs='eps' is unkn"),
 ])
@@ -311,10 +320,17 @@ def test_unknown_words_are_named_once_and_the_video_is_made(pipe):
     with pytest.warns(UserWarning) as caught:
         videos = pipe(["a crimson circle", "a crimson zebra"], num_inference_steps=1).videos
     assert len(caught) == 1 and len(videos) == 2
-    assert "doesn't know 'crimson', 'zebra'; it knows background" in str(caught[0].message)
+    assert "doesn't know 'crimson', 'zebra'; it knows a, background" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe("A red circle, moving left.", num_inference_steps=1)
+
+
+def test_prompt_without_a_word_is_made_with_a_warning(pipe):
+    with pytest.warns(UserWarning, match=r"reads no word in '\?!'"):
+        unread = latents_of(pipe, prompt="?!", latents=noise())
+    with pytest.warns(UserWarning, match="reads no word"):
+        close(latents_of(pipe, prompt="...", latents=noise()), unread)
 
 
 def test_long_prompt_is_cut_with_a_warning(pipe):
@@ -373,6 +389,7 @@ def test_half_precision_on_disk_single_in_memory(saved):
 
 def test_merged_experts_are_saved_merged(pipe, tmp_path):
     pipe.unet.merge_experts()
+    assert type(pipe.unet).from_config(pipe.unet.config).middle.spatial.experts.experts == 1
     again = load_pipeline(save_pipeline(pipe, tmp_path / "merged", torch.float32), device="cpu")
     assert same_weights(again, pipe)
     again.set_progress_bar_config(disable=True)
@@ -485,10 +502,26 @@ def test_pickled_weights_are_not_read(copied):
     ("Q", ValueError, r"='Q' is unknown: choose one of smoke, XS, S, SD15, L, H"),
     ("xs", ValueError, "did you mean 'XS'"),
     ("results/none/weights", FileNotFoundError, "there is no folder results/none/weights"),
+    ("", ValueError, "='' is unknown: choose one of smoke, XS"),
 ])
 def test_unknown_size(name, error, message):
     with pytest.raises(error, match=message):
         load_pipeline(name)
+
+
+def test_folder_from_here_or_from_the_repository(monkeypatch, tmp_path):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert find_pipeline("results") == tmp_path / "results"
+    (tmp_path / "nbs/results").mkdir()
+    assert find_pipeline("results") == Path("results")
+
+
+def test_precision_by_name_is_refused(saved):
+    with pytest.raises(TypeError, match=r"dtype='float16' is no torch dtype: give torch.float16"):
+        load_pipeline(saved, dtype="float16")
 
 
 def test_hub(saved, monkeypatch):
@@ -571,6 +604,8 @@ def test_notebook_leaves_nothing_in_the_repository_by_default(saved, monkeypatch
     (dict(scheduler="DDIN"), ValueError, "did you mean 'DDIM'"),
     (dict(size="Q"), ValueError, "'Q' is unknown"),
     (dict(size="L"), FileNotFoundError, "-p size L"),
+    (dict(size=""), ValueError, "='' is unknown"),
+    (dict(name=""), ValueError, "name is empty"),
 ])
 def test_notebook_error(saved, parameters, error, message, tmp_path):
     with pytest.raises(error, match=message):

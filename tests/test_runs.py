@@ -10,6 +10,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from run_notebook import defaults, parameter_cells, parse
 
+from versvideo.results import read_runs
+
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-5]?_*.ipynb"))
 RESULTS = sorted((REPO / "results").glob("*.ipynb"))
@@ -72,6 +74,10 @@ def test_result(path):
 @pytest.mark.parametrize("path", [p for p in RESULTS if p.name[0] == "2"], ids=lambda p: p.stem)
 def test_records_of_a_training_run(path):
     assert record_faults(path) == []
+
+
+def test_records_agree():
+    assert {run["run"] for run in read_runs(REPO / "results")} == {path.stem for path in RESULTS}
 
 
 # The guards themselves, each on a notebook with the fault that it is there to catch.
@@ -153,6 +159,10 @@ def test_parameters_take_the_type_of_their_default():
         "prompt": "3 = $three", "steps": 7, "guidance": 2.0, "fast": True}
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         parse(["stepps=7"], known)
+    with pytest.raises(ValueError, match="guidance='abc': give a value like 1.5"):
+        parse(["guidance=abc"], known)
+    with pytest.raises(ValueError, match="fast='yes': give True or False"):
+        parse(["fast=yes"], known)
 
 
 def run_notebook(notebook: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -171,7 +181,7 @@ def test_run_writes_the_executed_notebook(tmp_path, notebook):
 @pytest.mark.parametrize(("argument", "message"), [
     ("size=XS", "AssertionError"),
     ("siez=XS", "did you mean 'size'"),
-    ("seed=x", "invalid literal"),
+    ("seed=x", "seed='x': give a value like 0"),
 ])
 def test_failed_run_says_why_and_leaves_nothing(tmp_path, notebook, argument, message):
     done = run_notebook(notebook, tmp_path / "out" / "a.ipynb", argument)

@@ -3,6 +3,7 @@
 Run as a program by torchrun (`test_two_processes`), this file is one of those processes.
 """
 
+import copy
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from versvideo import core, trainers
 from versvideo import vae as vae_module
+from versvideo.saved import change_config
 from versvideo.trainers import (
     FitConfig,
     denoising_loss,
@@ -71,7 +73,9 @@ def latent_batch(step, rank, world):
 
 
 def unet_loss(unet, batch):
-    return denoising_loss(unet, training_scheduler(), batch["latents"], batch["text"])
+    losses = denoising_loss(unet, training_scheduler(), batch["latents"], batch["text"])
+    kind = "image_loss" if batch["latents"].shape[2] == 1 else "clip_loss"
+    return losses | {kind: losses["loss"]}
 
 
 def exchange(unet):
@@ -385,8 +389,7 @@ def worker(folder):
     except Killed:
         Accelerator().wait_for_everyone()
         run("parts", latent_batch)
-    report = dict(kinds=kinds, world=Accelerator().num_processes,
-                  steps=[row["step"] for row in log.rows])
+    report = dict(kinds=kinds, world=Accelerator().num_processes, rows=log.rows)
     (folder / f"report-{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 
@@ -398,7 +401,11 @@ def test_two_processes(tmp_path):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     assert done.returncode == 0, done.stdout[-12000:]
     reports = [json.loads((tmp_path / f"report-{r}.json").read_text()) for r in (0, 1)]
-    assert reports[0]["world"] == 2 and reports[0]["steps"] == [3, 6, 7]
+    assert reports[0]["world"] == 2
+    curve, other = ([{k: v for k, v in row.items() if k != "seconds"} for row in report["rows"]]
+                    for report in reports)
+    assert curve == other and [row["step"] for row in curve] == [3, 6, 7]
+    assert all(row["image_loss"] > 0 and row["clip_loss"] > 0 for row in curve)
     assert reports[0]["kinds"] == [1] * 7 and reports[1]["kinds"] == [1] + [3] * 6
 
     def weights(name):
@@ -478,6 +485,7 @@ def test_latents_are_the_scaled_means_of_every_frame(vae):
 def test_latent_scale(vae):
     clips = World().clips
     fit_latent_scale(vae, clips)
+    assert type(vae).from_config(vae.config).config.scaling_factor == vae.config.scaling_factor
     z = encode_clips(vae, clips)
     assert abs(z.mean()) < 1e-4 and abs(z.std() - 1) < 1e-4
 
@@ -486,15 +494,33 @@ def test_latents_are_made_once(vae, tmp_path):
     fit_latent_scale(vae, World().clips)
     world, path = World(), tmp_path / "cache" / "latents.safetensors"
     z = cached_latents(path, vae, world, 9, batch=4)
-    assert world.made == 9 and z.dtype == torch.half
+    assert world.made == 2 + 9 and z.dtype == torch.half   # two to know the world by
     assert (z.float() - encode_clips(vae, world.clips)).abs().max() < 5e-3
-    assert torch.equal(cached_latents(path, vae, world, 9), z) and world.made == 9
-    with pytest.raises(ValueError, match=r"holds 9 clips, not clips=5: remove the file"):
-        cached_latents(path, vae, world, 5)
+    assert torch.equal(cached_latents(path, vae, world, 9), z) and world.made == 2 + 9 + 2
+
+
+def test_latents_are_made_anew_for_another_world_or_autoencoder(vae, tmp_path):
+    fit_latent_scale(vae, World().clips)
+    world, path = World(), tmp_path / "latents.safetensors"
+    z = cached_latents(path, vae, world, 9)
+    assert len(cached_latents(path, vae, world, 5)) == 5
+    other = World()
+    other.clips = other.clips.flip(0)
+
+    def changed(vae):
+        return (cached_latents(path, vae, other, 9) - z.flip(0)).abs().max() > 0.1
+
+    assert not changed(vae)
+    scaled = copy.deepcopy(vae)
+    change_config(scaled, scaling_factor=2 * vae.config.scaling_factor)
+    assert changed(scaled)
+    retrained = copy.deepcopy(vae)
+    torch.nn.init.constant_(retrained.quant_conv.bias, 0.5)
+    assert changed(retrained)
 
 
 def test_half_made_latents_are_not_kept(vae, tmp_path, monkeypatch):
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 

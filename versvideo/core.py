@@ -88,8 +88,15 @@ def atomic_path(
             raise FileNotFoundError(f"nothing was written for {path}")
         if temp.is_dir() and path.is_dir():
             old = path.rename(temp.with_name(f"{temp.name}-old"))
-            temp.rename(path)
+            try:
+                temp.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
+        elif path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, where a file is to be written: remove it "
+                                    "or choose another name")
         else:
             temp.replace(path)
     finally:

@@ -27,7 +27,7 @@ from einops import rearrange
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from .core import best_device, pick, read_json, require_memory
+from .core import best_device, pick, read_json, repo_path, require_memory
 from .saved import check_loaded, check_saved, quiet_bars
 from .text import encode_text, known_words, unknown_words
 from .unet import SIZES, VersVideoUNet
@@ -121,12 +121,15 @@ def warn_about_words(
     "Warn of the words the model doesn't know, and of each prompt it cannot read to its end."
     unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(tokenizer, prompt))
     if unknown:
-        known = [word for word in known_words(tokenizer) if len(word) > 2]
+        known = known_words(tokenizer)
         more = f" and {len(known) - show} more" if len(known) > show else ""
         warnings.warn(f"the model doesn't know {', '.join(map(repr, unknown))}; it knows "
                       f"{', '.join(known[:show])}{more}", stacklevel=2)
-    limit = tokenizer.model_max_length
+    limit, nothing = tokenizer.model_max_length, tokenizer("").input_ids
     for prompt in prompts:
+        if tokenizer(prompt, verbose=False).input_ids == nothing:
+            warnings.warn(f"the model reads no word in {prompt!r}: to it that is the empty prompt",
+                          stacklevel=2)
         if len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > limit:
             warnings.warn(f"the model reads {limit} tokens, the end of {prompt!r} is cut off",
                           stacklevel=2)
@@ -139,7 +142,7 @@ def start_latents(
     device: torch.device,                                       # Where the walk takes place
 ) -> torch.Tensor:                                              # Standard normal noise, fp32
     "Fresh noise, or `latents`; ValueError when the shape or the number of generators is wrong."
-    if isinstance(generator, list) and len(generator) != shape[0]:
+    if isinstance(generator, (list, tuple)) and len(generator) != shape[0]:
         raise ValueError(f"generator is a list of {len(generator)} for {shape[0]} videos: "
                          "give one for all or one for each video")
     if latents is None:
@@ -218,6 +221,8 @@ class VideoDenoiser(DiffusionPipeline):
     def encode_prompt(self, prompt, negative_prompt=None, num_videos_per_prompt=1,
                       prompt_embeds=None, negative_prompt_embeds=None) -> tuple:
         "Embeddings `b n d` of prompts and negative prompts (None without guidance), a row a video."
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("both of negative_prompt and negative_prompt_embeds given: give one")
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds)
         if prompts is not None:
             warn_about_words(self.tokenizer, prompts + [text for text in negatives if text])
@@ -294,6 +299,10 @@ class VersVideoPipeline(VideoDenoiser):
                            self.vae_scale_factor)
         check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=decode_chunk_size,
                      num_videos_per_prompt=num_videos_per_prompt)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta}: give a number from 0 to 1")
+        if isinstance(generator, tuple):
+            generator = list(generator)
         finish = pick(OUTPUT_TYPES, output_type, "output_type")
         handed = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         tensors = dict.fromkeys(self._callback_tensor_inputs)
@@ -321,7 +330,7 @@ WEIGHTS = Path(str(resources.files("versvideo"))) / "weights"
 
 
 def find_pipeline(
-    name: str | Path,  # A size, a folder or a hub id
+    name: str | Path,  # A size, a folder (from here or from the repository) or a hub id
 ) -> Path:             # Folder of a saved pipeline
     "Where a pipeline is stored; FileNotFoundError or ValueError when it is nowhere."
     if name in SIZES:
@@ -333,9 +342,10 @@ def find_pipeline(
             f"size={name!r} comes without weights (with weights: {stored or 'none'}): train it "
             f"with `papermill nbs/20_train_unet.ipynb {run}.ipynb -p size {name} -p out {run}` "
             "and give the folder of its weights")
-    if Path(name).is_dir():
-        return Path(name)
-    if len(Path(name).parts) == 1:
+    for folder in (Path(name), repo_path(name)):
+        if str(name) and folder.is_dir():
+            return folder
+    if len(Path(name).parts) < 2:
         pick(SIZES, str(name), "size (or folder)")
     if len(Path(name).parts) > 2 or Path(name).is_absolute():
         raise FileNotFoundError(f"there is no folder {name}: give a size, a folder or a hub id")
@@ -353,6 +363,8 @@ def load_pipeline(
     device: torch.device | str | None = None,       # None: the best this machine has
 ) -> VersVideoPipeline:
     "A pipeline ready to call; errors name a size without weights, a damaged file, missing memory."
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} is no torch dtype: give torch.float16, for example")
     folder = find_pipeline(size_or_folder)
     device = best_device() if device is None else torch.device(device)
     require_memory(check_saved(folder) * dtype.itemsize, f"loading {size_or_folder} as {dtype}",

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
@@ -75,17 +75,22 @@ class Log:
         self.rows, self.pending = list(rows), pending or {}
         self.began = time.perf_counter() - seconds
 
+    def gathered(self):
+        "What every process added since the last row."
+        everyone = gather_object([{k: [float(v) for v in vs] for k, vs in self.pending.items()}])
+        keys = dict.fromkeys(k for pending in everyone for k in pending)
+        return {k: [v for pending in everyone for v in pending.get(k, [])] for k in keys}
+
     def state(self):
-        "What a checkpoint keeps: the arguments that make this curve again."
-        pending = {k: [float(v) for v in vs] for k, vs in self.pending.items()}
-        return dict(rows=self.rows, pending=pending, seconds=time.perf_counter() - self.began)
+        "What a checkpoint keeps: the arguments that make this curve again, on the main process."
+        return dict(rows=self.rows, pending=self.gathered(), seconds=time.perf_counter() - self.began)
 
     def add(self, values):
-        "Scalar tensors of one step; not every step needs the same keys."
+        "Scalar tensors of one step; not every step, nor every process, needs the same keys."
         for k, v in values.items(): self.pending.setdefault(k, []).append(v.detach())
 
     def close_row(self, step, lr):
-        means = {k: torch.tensor([float(v) for v in vs]).mean().item() for k, vs in self.pending.items()}
+        means = {k: torch.tensor(vs).mean().item() for k, vs in self.gathered().items()}
         seconds = round(time.perf_counter() - self.began, 1)
         self.rows.append(dict(step=step, **means, lr=lr, seconds=seconds))
         self.pending = {}
@@ -105,9 +110,10 @@ def save_checkpoint(accelerator, folder, step, log, cfg, keep=2):
     target = folder / f"step-{step:06d}"
     partial = folder / f".step-{step:06d}.partial"
     accelerator.save_state(partial, safe_serialization=True)
+    curve = log.state()
     accelerator.wait_for_everyone()   # every process has its random state in there
     if accelerator.is_main_process:
-        write_json(partial / "curve.json", log.state())
+        write_json(partial / "curve.json", curve)
         write_json(partial / "fit.json", asdict(cfg))
         partial.rename(target)
         for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
@@ -127,7 +133,9 @@ def load_checkpoint(
              if k in had and had[k] != v and k not in ("log_every", "save_every")]
     if other: raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
     accelerator.load_state(found[-1])
-    return checkpoint_step(found[-1]), Log(**read_json(found[-1] / "curve.json"))
+    curve = read_json(found[-1] / "curve.json")
+    if not accelerator.is_main_process: curve["pending"] = {}
+    return checkpoint_step(found[-1]), Log(**curve)
 
 # %% ../nbs/14_trainers.ipynb #14-12
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -221,7 +229,8 @@ def write_run(
     metrics: dict,  # The result
     rows: list = (),  # The curve, one dict a row; none, no file
 ):
-    "Write `config.json` (with provenance), `metrics.json` and `curve.csv`."
+    "Write `config.json` (with provenance), `metrics.json` and `curve.csv`; of several processes, the main one does."
+    if not PartialState().is_main_process: return
     write_json(folder / "config.json", {**config, "provenance": provenance()})
     write_json(folder / "metrics.json", metrics)
     if rows: write_csv(folder / "curve.csv", rows)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .modules.mec import MultiExcitationConv
 from .modules.moe import SpatialTransformer, TemporalTransformer, exchange_experts, merge_experts
+from .saved import change_config
 
 # %% ../nbs/04_unet.ipynb #04-06
 def per_frame(
@@ -195,7 +196,7 @@ class VersVideoUNet(ModelMixin, ConfigMixin):
     def merge_experts(self):
         "One plain feed-forward network in place of each set of experts, in place; the config says so from then on."
         merge_experts(self)
-        self.register_to_config(experts=(1, 1))
+        change_config(self, experts=(1, 1))
         return self
 
 # %% ../nbs/04_unet.ipynb #04-25

@@ -71,8 +71,11 @@ def write_video(
 
 # %% ../nbs/08_video.ipynb #08-14
 def _read_gif(path: Path) -> np.ndarray:
-    with Image.open(path) as file:
-        return np.stack([_seek(file, i) for i in range(file.n_frames)])
+    try:
+        with Image.open(path) as file:
+            return np.stack([_seek(file, i) for i in range(file.n_frames)])
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as GIF: it is damaged or something else") from error
 
 
 def _seek(file: Image.Image, index: int) -> np.ndarray:
@@ -113,7 +116,7 @@ def _decord_frames(path: Path, frames: int | None) -> np.ndarray:
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         return np.stack([_rgb(reader[i].asnumpy()) for i in _spaced(len(reader), frames, path)])
-    except decord.DECORDError as error:
+    except (decord.DECORDError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
 
 
