@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
            'require_finite', 'parameter_groups', 'prepare', 'fit', 'run_folder', 'write_run', 'training_scheduler',
-           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen', 'activation_bytes',
-           'require_training_memory']
+           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import shutil
@@ -30,13 +29,12 @@ from versvideo.core import (
     provenance,
     read_json,
     repo_path,
-    require_memory,
     writable_folder,
     write_csv,
     write_json,
 )
 from .pipeline import WEIGHTS
-from .unet import SIZES, Layer, Size, VersVideoUNet, count_parameters
+from .unet import SIZES
 
 # %% ../nbs/14_trainers.ipynb #14-06
 @dataclass
@@ -308,43 +306,3 @@ def load_frozen(
     text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
-
-# %% ../nbs/14_trainers.ipynb #14-34
-def activation_bytes(
-    size: Size
-) -> tuple:  # Bytes for one clip in fp32: all of them, and with gradient checkpointing
-    "What a training step keeps for its backward pass, counted without allocating any."
-    kept, parts = {}, []
-    held = lambda: sum(storage.nbytes() for storage in kept.values())
-    def before(part, inputs): parts.append([inputs[0].nbytes, held()])
-    def after(part, inputs, output): parts[-1][1] = held() - parts[-1][1]
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights: kept[storage._cdata] = storage
-        return tensor
-
-    with torch.device("meta"), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        unet = VersVideoUNet(**size.unet).train()
-        weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        for part in [*(m for m in unet.modules() if isinstance(m, Layer)), unet.middle_out]:
-            part.register_forward_pre_hook(before), part.register_forward_hook(after)
-        text = torch.empty(1, 77, unet.config.cross_attention_dim)
-        unet(torch.empty(1, unet.config.in_channels, *size.latent()), 0, text)
-    inputs, inside = zip(*parts, strict=True)
-    return held(), held() - sum(inside) + sum(inputs) + max(inside)
-
-
-def require_training_memory(
-    size: str,                           # A row of SIZES
-    cfg: FitConfig,                      # Its batch size and precision count
-    checkpointing: bool = False,         # With gradient checkpointing
-    device: torch.device | None = None,  # Where it would train
-):
-    "MemoryError, before anything is allocated, when weights, optimiser and one batch of a size do not fit."
-    trained, _ = count_parameters(SIZES[size])
-    batch = cfg.batch_size * activation_bytes(SIZES[size])[checkpointing] * (1 if cfg.mixed_precision == "no" else 0.75)
-    require_memory(
-        20 * trained + int(batch), f"training size {size} ({trained/1e6:.0f} M parameters, 20 bytes each for weights, gradients, "
-        f"AdamW and moving average, and {batch/2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
-        "take a smaller size, or a machine with more memory; with several GPUs: accelerate launch --no_python bash -c "
-        f"'papermill nbs/20_train_unet.ipynb out-$RANK.ipynb -p size {size} -p out results/{size}'", device=device)
