@@ -103,7 +103,7 @@ def installed() -> None:
 
 def runs() -> None:
     "Every run notebook at its default parameters, which take seconds on a CPU."
-    notebooks = sorted((REPO / "nbs").glob("[2-5]?_*.ipynb"))
+    notebooks = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         def smoke(notebook: Path) -> float:
             start = time.monotonic()

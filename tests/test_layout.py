@@ -32,7 +32,7 @@ ORDER = [
     {"data", "metrics"},
     {"unet"},
     {"vae"},
-    {"weights", "controlnet"},
+    {"weights", "controlnet", "plan", "cost"},
     {"pipeline"},
     {"trainers"},
     {"results"},

@@ -13,7 +13,7 @@ from run_notebook import defaults, parameter_cells, parse
 from versvideo.results import read_runs
 
 REPO = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((REPO / "nbs").glob("[2-5]?_*.ipynb"))
+NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
 RESULTS = sorted((REPO / "results").glob("*.ipynb"))
 
 

@@ -5,6 +5,9 @@ import copy
 import literal
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -208,6 +211,24 @@ def test_wrong_samples_are_named(shape):
         build()(torch.zeros(shape), 0, torch.zeros(1, 5, 12))
 
 
+@pytest.mark.parametrize("shape", [(5, 12), (1, 5, 12), (2, 5, 13)])
+def test_wrong_texts_are_named(shape):
+    with pytest.raises(ValueError, match="encoder_hidden_states.*`b n d` with b=2, d=12"):
+        build()(inputs()[0], 0, torch.zeros(shape))
+
+
+def test_wrong_timesteps_are_named():
+    x, text = inputs()
+    with pytest.raises(ValueError, match="timestep has 3 entries for 2 clips"):
+        build()(x, torch.tensor([1, 2, 3]), text)
+
+
+def test_experts_are_merged_once():
+    unet = build().merge_experts()
+    with pytest.raises(ValueError, match=r"experts=\(1, 1\): nothing to merge"):
+        unet.merge_experts()
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(attention_levels=(True,)), "attention_levels"), (dict(head_dim=7), "head_dim=7"),
     (dict(temporal_levels=(True,) * 3), "temporal_levels"), (dict(head_dim=(8,)), "head_dim"),
@@ -286,3 +307,102 @@ def test_a_clip_trains_every_parameter():
     unet(x[:, :, :1], 400, text).sample.square().mean().backward()
     idle = [n for n, p in unet.named_parameters() if p.grad is None]
     assert idle == [n for n, _ in unet.named_parameters() if mixes_frames(n)]
+
+# What diffusers offers for every model
+
+def test_shards_and_variants(tmp_path):
+    unet = build()
+    unet.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
+    names = {f.name for f in tmp_path.iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.fp16.json" in names and len(names) > 3
+    assert all(".fp16" in name for name in names - {"config.json"})
+    again = VersVideoUNet.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(run(again), run(unet))
+    with pytest.raises(OSError):
+        VersVideoUNet.from_pretrained(tmp_path)
+
+
+def test_attention_processors():
+    unet = build()
+    want, names = run(unet), set(unet.attn_processors)
+    assert len(names) == sum("to_q.weight" in name for name, _ in unet.named_parameters())
+    unet.set_attn_processor(AttnProcessor())
+    assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor}
+    assert 0 < (run(unet) - want).abs().max() < 1e-5
+
+
+def test_layerwise_casting():
+    unet = build()
+    want = run(unet)
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    stored = {p.dtype for n, p in unet.named_parameters() if "to_q" in n}
+    assert stored == {torch.bfloat16}
+    assert 0 < (run(unet) - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("offload", [
+    lambda unet: cpu_offload(unet, torch.device("cpu"), offload_buffers=True),
+    lambda unet: unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+    lambda unet: unet.enable_group_offload(torch.device("cpu"), offload_type="block_level",
+                                           num_blocks_per_group=1)])
+def test_offload(offload):
+    unet = build()
+    want = run(unet)
+    offload(unet)
+    assert torch.equal(run(unet), want)
+
+
+def test_compiles_whole_and_once_for_every_batch():
+    unet, graphs = build(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(unet, fullgraph=True, dynamic=True, backend=backend)
+    for b in (2, 3, 5):
+        x, text = inputs(b=b)
+        with torch.no_grad():
+            assert (compiled(x, torch.tensor(400), text).sample - run(unet, b)).abs().max() < 1e-5
+    assert len(graphs) == 1
+
+
+def test_compiled_training_deals_the_tokens_as_uncompiled():
+    unet = build()
+    plain = gradients(unet)
+    torch.compiler.reset()
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        assert far(gradients(torch.compile(unet, fullgraph=True, backend="aot_eager")),
+                   plain) < 1e-5
+
+
+def test_repeated_blocks_compile():
+    unet = build()
+    want = run(unet)
+    torch.compiler.reset()
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert (run(unet) - want).abs().max() < 1e-5
+
+
+def test_lora(tmp_path):
+    unet = build()
+    want = run(unet)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v", "proj_in"], init_lora_weights=False)
+    unet.add_adapter(config, "style")
+    changed = run(unet)
+    assert (changed - want).abs().max() > 1e-3
+    learns = {name for name, p in unet.named_parameters() if p.requires_grad}
+    assert learns and all("lora" in name for name in learns)
+    unet.save_lora_adapter(tmp_path, "style")
+    again = build()
+    again.load_lora_adapter(tmp_path, prefix=None, adapter_name="style",
+                            use_safetensors=True)
+    assert (run(again) - changed).abs().max() < 1e-5
+    again.fuse_lora()
+    assert (run(again) - changed).abs().max() < 1e-5
+    again.unfuse_lora()
+    again.disable_adapters()
+    assert (run(again) - want).abs().max() < 1e-4

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from einops import rearrange
@@ -87,10 +89,11 @@ class UNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class VersVideoUNet(ModelMixin, ConfigMixin):
+class VersVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     "The denoising UNet of VersVideo (paper 2.2): noise `b c t h w` from a noisy latent clip, its diffusion step and the text tokens."
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Layer"]
+    _repeated_blocks = ["Layer"]
 
     @register_to_config
     def __init__(
@@ -162,9 +165,14 @@ class VersVideoUNet(ModelMixin, ConfigMixin):
         if sample.ndim != 5 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample has shape {tuple(sample.shape)}: expected `b c t h w` with "
                              f"c={self.config.in_channels}; an image has t=1")
-        step = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        text, width = encoder_hidden_states, self.config.cross_attention_dim
+        if text.ndim != 3 or len(text) != len(sample) or text.shape[2] != width:
+            raise ValueError(f"encoder_hidden_states has shape {tuple(text.shape)}: expected `b n d` with b={len(sample)}, d={width}")
+        step = torch.as_tensor(timestep, device=sample.device)
+        if step.numel() not in (1, len(sample)):
+            raise ValueError(f"timestep has {step.numel()} entries for {len(sample)} clips: give one, or one a clip")
+        step = step.expand(len(sample))
         step = self.time_embedding(self.time_proj(step).to(sample.dtype))
-        text = encoder_hidden_states
         x = per_frame(self.conv_in, sample)
         skips = [x]
         for level, layers in enumerate(self.down):
@@ -194,7 +202,9 @@ class VersVideoUNet(ModelMixin, ConfigMixin):
         exchange_experts(self, beta)
 
     def merge_experts(self):
-        "One plain feed-forward network in place of each set of experts, in place; the config says so from then on."
+        "One plain feed-forward network in place of each set of experts, in place; the config says so from then on. ValueError where there is only one."
+        if max(self.config.experts) == 1:
+            raise ValueError(f"experts={tuple(self.config.experts)}: nothing to merge, these experts were merged before or never more than one")
         merge_experts(self)
         change_config(self, experts=(1, 1))
         return self
