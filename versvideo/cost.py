@@ -95,15 +95,20 @@ def variants(
 # %% ../nbs/11_cost.ipynb #11-16
 def training_step(
     net: VersVideoUNet,
-    inputs: tuple,   # Sample, step, text
-) -> Callable:       # Call it to take a step
-    "Forward, backward, AdamW and the exchange of the experts, as `fit` does it."
+    inputs: tuple,                           # Sample, step, text
+    precision: torch.dtype = torch.float32,  # Lower: autocast
+) -> Callable:                               # Call it to take a step
+    "Forward, backward, AdamW, the exchange of the experts and the moving average, as `fit` does it."
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+    average = [p.detach().clone() for p in net.parameters()]
     def step():
-        net(*inputs).sample.square().mean().backward()
+        with torch.autocast(net.device.type, precision, enabled=precision != torch.float32):
+            loss = net(*inputs).sample.float().square().mean()
+        loss.backward()
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
         net.exchange_experts()
+        torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
     return step
 
 # %% ../nbs/11_cost.ipynb #11-19
