@@ -33,6 +33,7 @@ from versvideo.trainers import (
     fit,
     is_image_batch,
     load_frozen,
+    run_folder,
     training_scheduler,
 )
 from versvideo.unet import VersVideoUNet
@@ -264,6 +265,25 @@ def test_folder_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{message}.*choose another folder"):
             train(tmp_path, **changes)
     train(tmp_path, log_every=1, save_every=1)
+
+
+def test_what_else_makes_a_run_is_kept_with_its_checkpoints(tmp_path):
+    def go(**run):
+        unet = build_unet()
+        fit(numbers(), unet, unet_loss, latent_batch, tmp_path, exchange, run=run)
+
+    go(vae="", plan=dict(shift=3., sizes=(1, 2)))
+    go(vae="", plan=dict(shift=3., sizes=(1, 2)))
+    with pytest.raises(ValueError, match="vae=, not other"):
+        go(vae="other", plan=dict(shift=3., sizes=(1, 2)))
+    with pytest.raises(ValueError, match="'shift': 3.0.*not.*'shift': 2.0"):
+        go(vae="", plan=dict(shift=2., sizes=(1, 2)))
+
+
+def test_processes_need_one_folder(monkeypatch):
+    monkeypatch.setattr(trainers.PartialState(), "num_processes", 2)
+    with pytest.raises(ValueError, match="out='': 2 processes need one folder"):
+        run_folder("")
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "save_every"])

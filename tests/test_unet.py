@@ -349,6 +349,9 @@ def test_offload(offload):
     unet = build()
     want = run(unet)
     offload(unet)
+    hooked = {name for name, m in unet.named_modules()
+              if hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook")}
+    assert len(hooked) > 10 or "middle_out" in hooked
     assert torch.equal(run(unet), want)
 
 
@@ -380,11 +383,19 @@ def test_compiled_training_deals_the_tokens_as_uncompiled():
 
 
 def test_repeated_blocks_compile():
-    unet = build()
+    "Ten kinds of layers, more than torch compiles of one function by default."
+    unet, graphs = build(block_out_channels=(8, 16, 24, 32), attention_levels=(True,) * 4), []
     want = run(unet)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
     torch.compiler.reset()
-    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert (run(unet) - want).abs().max() < 1e-5
+    with torch._dynamo.config.patch(cache_size_limit=8, fail_on_recompile_limit_hit=True):
+        unet.compile_repeated_blocks(fullgraph=True, backend=backend)
+        assert (run(unet) - want).abs().max() < 1e-5
+    assert len(graphs) > 8
 
 
 def test_lora(tmp_path):

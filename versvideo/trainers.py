@@ -8,6 +8,7 @@ __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 's
            'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen']
 
 # %% ../nbs/14_trainers.ipynb #14-03
+import json
 import shutil
 import tempfile
 import time
@@ -103,7 +104,7 @@ def checkpoint_step(path): return int(path.name.removeprefix("step-"))
 def checkpoints(folder): return sorted(folder.glob("step-*"), key=checkpoint_step)
 
 
-def save_checkpoint(accelerator, folder, step, log, cfg, keep=2):
+def save_checkpoint(accelerator, folder, step, log, numbers, keep=2):
     "Write `folder/step-NNNNNN` with model, optimiser, schedule, moving average, random state and curve; atomic."
     target = folder / f"step-{step:06d}"
     partial = folder / f".step-{step:06d}.partial"
@@ -112,7 +113,7 @@ def save_checkpoint(accelerator, folder, step, log, cfg, keep=2):
     accelerator.wait_for_everyone()   # every process has its random state in there
     if accelerator.is_main_process:
         write_json(partial / "curve.json", curve)
-        write_json(partial / "fit.json", asdict(cfg))
+        write_json(partial / "fit.json", numbers)
         partial.rename(target)
         for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -121,14 +122,13 @@ def save_checkpoint(accelerator, folder, step, log, cfg, keep=2):
 def load_checkpoint(
     accelerator,
     folder: Path,
-    cfg,         # ValueError where the run in the folder had other numbers
+    numbers,     # Of this run; ValueError where the one in the folder had others
 ) -> tuple:      # Step to go on from, curve so far
     "Restore the newest checkpoint of a folder, if there is one."
     found = checkpoints(folder)
     if not found: return 0, Log()
     had = read_json(found[-1] / "fit.json")
-    other = [f"{k}={had[k]}, not {v}" for k, v in asdict(cfg).items()
-             if k in had and had[k] != v and k not in ("log_every", "save_every")]
+    other = [f"{k}={had[k]}, not {v}" for k, v in numbers.items() if k in had and had[k] != v and k not in ("log_every", "save_every")]
     if other: raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
     accelerator.load_state(found[-1])
     curve = read_json(found[-1] / "curve.json")
@@ -186,11 +186,13 @@ def fit(
     folder: Path | None = None,  # Checkpoints; an interrupted run in the same folder goes on from there
     after_step=None,    # `(model) -> None`, after each optimiser step
     pretrained=(),      # Names of parameters that learn at `cfg.pretrained_share` of the rate
+    run: dict | None = None,  # What else makes this run what it is; a checkpoint of another one is refused
 ) -> Log:
     "Train on accelerate: AdamW, warm-up and cosine, clipping, moving average, checkpoints, resume."
     accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn, pretrained)
     rank, world = accelerator.process_index, accelerator.num_processes
-    start, log = load_checkpoint(accelerator, folder, cfg) if folder else (0, Log())
+    numbers = json.loads(json.dumps(asdict(cfg) | (run or {})))   # as a checkpoint gives them back
+    start, log = load_checkpoint(accelerator, folder, numbers) if folder else (0, Log())
     if ema and start: ema.to(accelerator.device)   # a checkpoint brings it back on the CPU
     objective.train()
     for step in progress(range(start, cfg.steps), "train"):
@@ -207,17 +209,19 @@ def fit(
         log.add(losses | ({"grad_norm": norm} if torch.isfinite(norm) else {}))
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last: log.close_row(done, schedule.get_last_lr()[0])
-        if folder and (done % cfg.save_every == 0 or last): save_checkpoint(accelerator, folder, done, log, cfg)
+        if folder and (done % cfg.save_every == 0 or last): save_checkpoint(accelerator, folder, done, log, numbers)
     if ema: ema.copy_to(objective.parameters())
     model.eval()
     return log
 
 # %% ../nbs/14_trainers.ipynb #14-19
 def run_folder(
-    out: str,  # Relative to the repository; empty for a temporary folder
+    out: str,  # Relative to the repository; empty for a temporary folder, in one process
 ) -> Path:
     "The folder of a run, created and known to be writable; its record will name the commit of this moment."
     provenance()
+    if not out and PartialState().num_processes > 1:
+        raise ValueError(f"out={out!r}: {PartialState().num_processes} processes need one folder for all, name it")
     return writable_folder(repo_path(out) if out else Path(tempfile.mkdtemp(prefix="versvideo-")))
 
 

@@ -197,6 +197,11 @@ class VersVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             return self._gradient_checkpointing_func(module, *args)
         return module(*args)
 
+    def compile_repeated_blocks(self, *args, **kwargs):
+        "Compile each layer by itself. A large tower has more kinds of them than torch compiles of one function by default; the others would run uncompiled."
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def exchange_experts(self, beta=0.001):
         "Equations (7) and (8) for every set of experts; after each optimiser step, before the moving average."
         exchange_experts(self, beta)
