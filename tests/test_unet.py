@@ -331,6 +331,22 @@ def test_attention_processors():
     assert 0 < (run(unet) - want).abs().max() < 1e-5
 
 
+def test_attention_backends():
+    unet = build()
+    want = run(unet)
+    try:
+        unet.set_attention_backend("_native_math")
+        chosen = {p._attention_backend.value for p in unet.attn_processors.values()}
+        assert chosen == {"_native_math"}
+        assert 0 < (run(unet) - want).abs().max() < 1e-5
+    finally:
+        unet.set_attention_backend("native")
+    unet.reset_attention_backend()
+    assert torch.equal(run(unet), want)
+    with pytest.raises(ValueError, match="must be one of"):
+        unet.set_attention_backend("fastest")
+
+
 def test_layerwise_casting():
     unet = build()
     want = run(unet)

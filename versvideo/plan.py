@@ -102,7 +102,7 @@ def activation_bytes(
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     for part in [*(m for m in unet.modules() if isinstance(m, Layer)), unet.middle_out]:
         part.register_forward_pre_hook(before), part.register_forward_hook(after)
-    fused = patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **options: FusedAttention.apply(q, k, v))
+    fused = patch.object(F, "scaled_dot_product_attention", lambda query, key, value, **options: FusedAttention.apply(query, key, value))
     with torch.device("meta"), fused, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         unet(*example(unet, size.latent()))
     inputs, inside = zip(*parts, strict=True)
