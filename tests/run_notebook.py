@@ -87,7 +87,9 @@ def main(notebook: str, output: str, *arguments: str) -> str | None:
     except (OSError, ValueError) as error:
         return f"{notebook} was not run. {error}"
     except KeyboardInterrupt:
-        return f"{notebook} was stopped. Run it again to continue from its last checkpoint."
+        trains = Path(notebook).name.startswith("2") and any(a.startswith("out=") for a in arguments)
+        return f"{notebook} was stopped." + (
+            " Run it again to continue from its last checkpoint." if trains else "")
     print(f"{output}  {time.monotonic() - start:.0f} s")
 
 

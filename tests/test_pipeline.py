@@ -26,7 +26,7 @@ from versvideo.pipeline import (
     load_pipeline,
 )
 from versvideo.saved import save_pipeline
-from versvideo.text import ClipSize, build_clip, build_tokenizer, split_clip
+from versvideo.text import ClipSize, build_clip, build_tokenizer, known_words, split_clip
 from versvideo.unet import SIZES, VersVideoUNet
 
 REPO = Path(__file__).resolve().parents[1]
@@ -214,6 +214,21 @@ def test_scheduler(pipe, name):
     assert pipe.num_timesteps == len(pipe.scheduler.timesteps) >= 4
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_few_steps_work_or_are_refused(pipe, name):
+    try:
+        pipe.scheduler = get_scheduler(name, pipe.scheduler.config)
+    except ImportError as error:
+        pytest.skip(str(error).strip().splitlines()[0])
+    for steps in (1, 2, 3):
+        try:
+            videos = pipe("a red circle", num_inference_steps=steps, generator=seeded()).videos
+        except ValueError as error:
+            assert name == "PNDM" and f"num_inference_steps={steps} does not suit" in str(error)
+        else:
+            assert torch.isfinite(videos).all()
+
+
 def test_ddim_by_hand(pipe):
     "Two steps written out: equation (1) solved for x, then taken to the next noise level."
     latents = latents_of(pipe, guidance_scale=1.0, num_inference_steps=2)
@@ -307,6 +322,15 @@ def test_interrupt(pipe):
     (dict(latents=noise(t=5)), ValueError, r"of shape \(1, 4, 5, 2, 2\).*\(1, 4, 4, 2, 2\)"),
     (dict(generator=[seeded()] * 2), ValueError, "a list of 2 for 1 videos"),
     (dict(eta=5), ValueError, "eta=5: give a number from 0 to 1"),
+    (dict(eta=None), ValueError, "eta=None: give a number"),
+    (dict(guidance_scale=float("nan")), ValueError, "guidance_scale=nan: give a number"),
+    (dict(guidance_scale=float("inf")), ValueError, "guidance_scale=inf: give a number"),
+    (dict(guidance_scale="4"), ValueError, "guidance_scale='4': give a number"),
+    (dict(generator=42), TypeError, r"generator=42: give torch.Generator\(\).manual_seed"),
+    (dict(generator=[42]), TypeError, r"generator=\[42\]: give torch.Generator"),
+    (dict(latents=np.zeros((1, 4, 4, 2, 2))), TypeError, "latents is a ndarray"),
+    (dict(num_inference_steps=1000), ValueError, "num_inference_steps=1000 does not suit DDIMSch"),
+    (dict(num_inference_steps=1001), ValueError, "num_inference_steps=1001 does not suit DDIMSch"),
     (dict(output_type="gif"), ValueError, "output_type='gif' is unknown: choose one of pt, np"),
     (dict(callback_on_step_end_tensor_inputs=["eps"]), ValueError, "tensor_inputs='eps' is unkn"),
 ])
@@ -324,6 +348,18 @@ def test_unknown_words_are_named_once_and_the_video_is_made(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe("A red circle, moving left.", num_inference_steps=1)
+
+
+def test_words_that_the_unet_never_saw_are_unknown_too(tmp_path):
+    pipe = build(words="a red circle moving")
+    again = load_pipeline(save_pipeline(pipe, tmp_path / "saved"), device="cpu")
+    for model in (pipe, again):
+        with pytest.warns(UserWarning, match="doesn't know 'left'; it knows a, red, circle, mov"):
+            model("a red circle moving left", num_inference_steps=1)
+    embedded = load_pipeline("XS", device="cpu")
+    assert "pixelated" in known_words(embedded.tokenizer)
+    with pytest.warns(UserWarning, match="doesn't know 'pixelated'"):
+        embedded.encode_prompt("a pixelated red circle")
 
 
 def test_prompt_without_a_word_is_made_with_a_warning(pipe):
@@ -448,7 +484,7 @@ def test_unknown_scheduler(saved, scheduler, error, message):
 @pytest.mark.parametrize("file", [
     "model_index.json", "unet/config.json", UNET_WEIGHTS, TEXT_WEIGHTS,
     "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json",
-    "scheduler/scheduler_config.json"])
+    "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"])
 def test_missing_file(copied, file):
     (copied / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} is missing.*: restore it"):
@@ -471,6 +507,20 @@ def test_damaged_json(copied, file):
     (copied / file).write_text('{"half": ')
     with pytest.raises(ValueError, match=f"{file} is not valid JSON"):
         load_pipeline(copied)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '"unet"'])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json",
+                                  "scheduler/scheduler_config.json"])
+def test_json_without_settings(copied, file, text):
+    (copied / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file} holds no settings: restore it"):
+        load_pipeline(copied)
+
+
+def test_saved_pipeline_does_not_say_where_its_parts_came_from(saved, tmp_path):
+    for config in save_pipeline(load_pipeline(saved), tmp_path / "again").glob("*/config.json"):
+        assert "_name_or_path" not in json.loads(config.read_text())
 
 
 def test_weights_of_another_shape(copied):

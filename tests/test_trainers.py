@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -251,6 +252,18 @@ def test_resume_needs_all_that_is_saved(tmp_path, forgotten, monkeypatch):
     monkeypatch.setattr(f"{forgotten}.load_state_dict", lambda self, *a, **k: None)
     got, _ = train(tmp_path)
     assert far(got, want) > 1e-6
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, dies_at(6, latent_batch))
+    weights = tmp_path / "step-000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-000006 is damaged.*delete it"):
+        train(tmp_path)
+    shutil.rmtree(weights.parent)
+    train(tmp_path)
+    assert names(tmp_path)[-1] == "step-000007"
 
 
 def test_finished_run_is_read_not_repeated(tmp_path):

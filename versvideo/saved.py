@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESTORE', 'plain_config', 'change_config', 'cast_weights', 'quiet_bars', 'save_pipeline', 'weight_files',
-           'needed_files', 'count_stored', 'check_saved', 'check_loaded']
+           'read_object', 'needed_files', 'count_stored', 'check_saved', 'check_loaded']
 
 # %% ../nbs/17_saved.ipynb #17-04
 import contextlib
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from .core import atomic_path, read_json
+from .core import atomic_path, read_json, write_json
 
 # %% ../nbs/17_saved.ipynb #17-05b
 def plain_config(
@@ -82,6 +82,8 @@ def save_pipeline(
         pipe.save_pretrained(temp, safe_serialization=True)
         for path in temp.glob("*/*.safetensors"):
             cast_weights(path, dtype)
+        for path in temp.glob("*/config.json"):   # where a part came from is nobody's business
+            write_json(path, {k: v for k, v in read_json(path).items() if k != "_name_or_path"})
         for other in folder.iterdir() if folder.is_dir() else ():
             if not (temp / other.name).exists():
                 (shutil.copytree if other.is_dir() else shutil.copy2)(other, temp / other.name)
@@ -102,6 +104,16 @@ def weight_files(
     return [Path(folder) / piece for piece in sorted(set(read_json(index)["weight_map"].values()))]
 
 
+def read_object(
+    path: str | Path  # A JSON file
+) -> dict:
+    "What a config file holds; ValueError where that is nothing, or no object."
+    found = read_json(path)
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} holds no settings: {RESTORE}")
+    return found
+
+
 def needed_files(
     folder: str | Path,                # Folder of a saved pipeline
 ) -> tuple[list[Path], list[Path]]:    # Configs, weights
@@ -110,14 +122,16 @@ def needed_files(
     if not index.is_file():
         raise FileNotFoundError(f"{index} is missing, so {folder} is no saved pipeline: {RESTORE}")
     configs, weights = [index], []
-    for part, entry in read_json(index).items():
+    for part, entry in read_object(index).items():
         if part.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         library, kind = entry
         if kind.endswith("Scheduler"):
             configs.append(Path(folder) / part / "scheduler_config.json")
         elif "Tokenizer" in kind:
-            configs.append(Path(folder) / part / "tokenizer_config.json")
+            slow = (Path(folder) / part / "vocab.json").is_file()
+            vocabulary = "vocab.json" if slow else "tokenizer.json"
+            configs += [Path(folder) / part / name for name in ("tokenizer_config.json", vocabulary)]
         else:
             configs.append(Path(folder) / part / "config.json")
             name = "model" if library == "transformers" else "diffusion_pytorch_model"
@@ -145,6 +159,8 @@ def check_saved(
     for path in (*configs, *weights):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {RESTORE}")
+    for path in configs:
+        read_object(path)
     for path in {found for config in configs[1:] for found in config.parent.glob("*.json")}:
         read_json(path)
     return sum(count_stored(path) for path in weights)

@@ -72,14 +72,16 @@ def _word_level(tokenizer) -> bool:
 def unknown_words(
     tokenizer,  # Any `transformers` tokenizer
     prompt: str,  # What somebody typed
+    trained: list[str] | None = None,  # The words that a model has seen, where they are fewer
 ) -> list[str]:  # Each unknown word once, in order, as typed
-    "Words of the prompt that would become `<unk>`; none for tokenizers that spell words in pieces."
+    "Words of the prompt that would become `<unk>` or were never seen; none for tokenizers that spell words in pieces."
     if not _word_level(tokenizer):
         return []
     found = tokenizer(prompt, add_special_tokens=False, truncation=False,
                       return_offsets_mapping=True, verbose=False)
     pairs = zip(found.input_ids, found.offset_mapping, strict=True)
-    return list(dict.fromkeys(prompt[a:b] for i, (a, b) in pairs if i == tokenizer.unk_token_id))
+    seen = set(tokenizer.convert_tokens_to_ids(trained or known_words(tokenizer)))
+    return list(dict.fromkeys(prompt[a:b] for i, (a, b) in pairs if i not in seen))
 
 
 def known_words(

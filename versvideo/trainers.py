@@ -22,6 +22,7 @@ from accelerate.utils import gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -130,7 +131,9 @@ def load_checkpoint(
     had = read_json(found[-1] / "fit.json")
     other = [f"{k}={had[k]}, not {v}" for k, v in numbers.items() if k in had and had[k] != v and k not in ("log_every", "save_every")]
     if other: raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
-    accelerator.load_state(found[-1])
+    try: accelerator.load_state(found[-1])
+    except (SafetensorError, EOFError, OSError, RuntimeError) as error:
+        raise ValueError(f"{found[-1]} is damaged or of another model ({error}): delete it, and the run goes on from the one before") from error
     curve = read_json(found[-1] / "curve.json")
     if not accelerator.is_main_process: curve["pending"] = {}
     return checkpoint_step(found[-1]), Log(**curve)
@@ -222,7 +225,9 @@ def run_folder(
     provenance()
     if not out and PartialState().num_processes > 1:
         raise ValueError(f"out={out!r}: {PartialState().num_processes} processes need one folder for all, name it")
-    return writable_folder(repo_path(out) if out else Path(tempfile.mkdtemp(prefix="versvideo-")))
+    folder = writable_folder(repo_path(out) if out else Path(tempfile.mkdtemp(prefix="versvideo-")))
+    if not out: print(f"the files of this run are in {folder}")
+    return folder
 
 
 def write_run(
@@ -302,11 +307,15 @@ def load_frozen(
             raise FileNotFoundError(f"{name}={folder!r}: there is no folder {repo_path(folder)}; leave {name} empty for the size's own")
     base = SIZES[size].base
     base = WEIGHTS / base if base in SIZES else base
-    image_vae = (AutoencoderKL.from_pretrained(repo_path(vae)) if vae else
-                 AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32))
     home = repo_path(clip) if clip else base
-    kind = CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures[0]
-    text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
-    text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
+    try:
+        image_vae = (AutoencoderKL.from_pretrained(repo_path(vae)) if vae else
+                     AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32))
+        kind = (CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures or ["CLIPTextModel"])[0]
+        text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
+        text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
+    except OSError as error:
+        raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}): "
+                                "give their folders as vae= and clip=") from error
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
