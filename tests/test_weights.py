@@ -107,3 +107,9 @@ def test_reports_name_every_key():
         assert set(report.mapped) | set(report.computed) == set(other.state_dict())
         assert set(report.mapped.values()) | set(report.kept) == mine
         assert len(report.mapped) + len(report.kept) == len(mine)
+
+
+@pytest.mark.parametrize("load", [load_image_unet, load_motion_adapter])
+def test_source_that_is_nowhere(load, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nope holds no .* as safetensors.*give its folder"):
+        load(video_unet(image_unet()), tmp_path / "nope")

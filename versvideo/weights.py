@@ -130,7 +130,9 @@ def pretrained(kind, source, **where):
     "The model itself, or read from a folder or a hub id; safetensors only."
     if isinstance(source, kind): return source
     if (Path(source) / "config.json").exists(): where = {}
-    return kind.from_pretrained(source, use_safetensors=True, **where)
+    try: return kind.from_pretrained(source, use_safetensors=True, **where)
+    except OSError as error:
+        raise FileNotFoundError(f"{source} holds no {kind.__name__} as safetensors, here or on the hub ({error}): give its folder or its hub id") from error
 
 
 def load_image_unet(
