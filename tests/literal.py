@@ -107,17 +107,17 @@ def motion_mask(z, p):
     B, C, T, H, W = z.shape
     S = len(p["squeeze.weight"])
     squeezed = each((B, S, T), lambda b, s, t: sum(
-        p["squeeze.weight"][s, c, 0, 0, 0] * z[b, c, t] for c in range(C)))
+        p["squeeze.weight"][s, c, 0] * z[b, c, t] for c in range(C)))
 
     def motion(b, s):
-        q, k_2d = squeezed[b, s], p["filter.weight"][s, 0, 0]
+        q, k_2d = squeezed[b, s], p["filter.weight"][s, 0]
         m = [filter3x3(q[t], k_2d) - q[t - 1] for t in range(1, T)]
         pooled = [difference.sum() / (H * W) for difference in m]
         return torch.stack([*pooled, z.new_zeros(())])
 
     m = each((B, S), motion)
     return sigmoid(each((B, C, T), lambda b, c, t: p["extend.bias"][c] + sum(
-        p["extend.weight"][c, s, 0, 0, 0] * m[b, s, t] for s in range(S))))[..., None, None]
+        p["extend.weight"][c, s, 0] * m[b, s, t] for s in range(S))))[..., None, None]
 
 
 def excite(z, mask):

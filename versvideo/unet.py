@@ -199,7 +199,7 @@ class VersVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
     def compile_repeated_blocks(self, *args, **kwargs):
         "Compile each layer by itself. A large tower has more kinds of them than torch compiles of one function by default; the others would run uncompiled."
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 256)
         super().compile_repeated_blocks(*args, **kwargs)
 
     def exchange_experts(self, beta=0.001):

@@ -56,13 +56,13 @@ class ChannelExcitation(nn.Module):
 # %% ../../nbs/02_mec.ipynb #02-23
 def tap_means(
     x: torch.Tensor  # `b c t h w`
-) -> torch.Tensor:   # `b c t 3 3`; the middle is the mean of the frame
+) -> torch.Tensor:   # `b c 3 3 t`; the middle is the mean of the frame
     "What each tap of a 3×3 kernel with zeros around the frame sees of it, divided by h·w: all but the last row, all, all but the first; columns alike."
     h, w = x.shape[3:]
-    whole = x.mean(3)
-    rows = torch.stack([whole - x[:, :, :, -1] / h, whole, whole - x[:, :, :, 0] / h], dim=3)
-    whole = rows.mean(4)
-    return torch.stack([whole - rows[..., -1] / w, whole, whole - rows[..., 0] / w], dim=4)
+    taps = lambda all, first, last: torch.stack([all - last, all, all - first], dim=2)
+    row = lambda y: taps(y.mean(3), y[..., 0] / w, y[..., -1] / w) / h
+    every = taps(x.mean((3, 4)), x[..., 0].mean(3) / w, x[..., -1].mean(3) / w)
+    return taps(every, row(x[:, :, :, 0]), row(x[:, :, :, -1]))
 
 
 class MotionExcitation(nn.Module):
@@ -74,18 +74,18 @@ class MotionExcitation(nn.Module):
     ):
         super().__init__()
         squeezed = max(channels // reduction, 1)
-        self.squeeze = nn.Conv3d(channels, squeezed, 1, bias=False)   # a bias all but vanishes in the difference
-        self.filter = nn.Conv3d(squeezed, squeezed, (1, 3, 3), groups=squeezed, bias=False)
-        self.extend = nn.Conv3d(squeezed, channels, 1)
+        self.squeeze = nn.Conv1d(channels, squeezed, 1, bias=False)   # a bias all but vanishes in the difference
+        self.filter = nn.Conv2d(squeezed, squeezed, 3, groups=squeezed, bias=False)
+        self.extend = nn.Conv1d(squeezed, channels, 1)
         nn.init.dirac_(self.filter.weight, groups=squeezed)
 
     def differences(self, x):
-        "m, `b c/16 t 1 1`: pooled differences; entry t compares frame t+1 with frame t, the last is zero."
-        q = self.squeeze(tap_means(x))
-        m = self.filter(q)[:, :, 1:] - q[:, :, :-1, 1:2, 1:2]
-        return F.pad(m, (0, 0, 0, 0, 0, 1))
+        "m, `b c/16 t`: pooled differences; entry t compares frame t+1 with frame t, the last is zero."
+        q = self.squeeze(tap_means(x).flatten(2)).unflatten(2, (3, 3, -1))
+        m = (q[..., 1:] * self.filter.weight[:, 0, :, :, None]).sum((2, 3)) - q[:, :, 1, 1, :-1]
+        return F.pad(m, (0, 1))
 
-    def forward(self, x): return self.extend(self.differences(x)).sigmoid()
+    def forward(self, x): return self.extend(self.differences(x)).sigmoid()[..., None, None]
 
 # %% ../../nbs/02_mec.ipynb #02-28
 class MultiExcitationConv(nn.Module):
@@ -112,11 +112,12 @@ class MultiExcitationConv(nn.Module):
         y = rearrange(y, "(b t) c h w -> b c t h w", t=x.shape[2])
         return y if x.shape[2] == 1 else self.temporal(y)
 
-    def excited(self, x):
-        "Sum of equations (3), (4) and of the motion branch: ẑ ⊙ (3 + M_S + M_C + M_M)."
-        z = temporal_shift(x, self.share)
-        return z * (self.where(z) + (3 + self.which(z) + self.when(z)))
+    def gate(self, z):
+        "What the three excited branches multiply ẑ with, together: scale ⊙ (3 + M_S + M_C + M_M)."
+        return torch.addcmul(self.scale * (3 + self.which(z) + self.when(z)), self.scale, self.where(z))
 
     def forward(self, x):
         y = self.factorized(x)
-        return y if x.shape[2] == 1 else torch.addcmul(y, self.scale, self.excited(x))
+        if x.shape[2] == 1: return y
+        z = temporal_shift(x, self.share)
+        return torch.addcmul(y, z, self.gate(z))

@@ -56,8 +56,7 @@ def exchange_experts(
     "Move every expert towards the mean of the others, in place (equations 7 and 8); call it after the optimiser step."
     for ffn in (m for m in module.modules() if isinstance(m, ExpertFeedForward) and m.experts > 1):
         for p in ffn.parameters():
-            others = (p.sum(0) - p) / (ffn.experts - 1)
-            p.lerp_(others, beta)
+            p.lerp_(p.mean(0), beta * ffn.experts / (ffn.experts - 1))
 
 # %% ../../nbs/03_moe.ipynb #03-20
 @torch.no_grad()
