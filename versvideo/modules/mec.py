@@ -82,8 +82,8 @@ class MotionExcitation(nn.Module):
     def differences(self, x):
         "m, `b c/16 t`: pooled differences; entry t compares frame t+1 with frame t, the last is zero."
         q = self.squeeze(tap_means(x).flatten(2)).unflatten(2, (3, 3, -1))
-        m = (q[..., 1:] * self.filter.weight[:, 0, :, :, None]).sum((2, 3)) - q[:, :, 1, 1, :-1]
-        return F.pad(m, (0, 1))
+        filtered = rearrange(self.filter(rearrange(q, "b s i j t -> (b t) s i j")), "(b t) s 1 1 -> b s t", b=len(x))
+        return F.pad(filtered[:, :, 1:] - q[:, :, 1, 1, :-1], (0, 1))
 
     def forward(self, x): return self.extend(self.differences(x)).sigmoid()[..., None, None]
 
