@@ -157,12 +157,12 @@ def feed_forward(token, weight_in, bias_in, weight_out, bias_out):
 
 
 def expert_weights(p):
-    return [p[name] for name in ("weight_in", "bias_in", "weight_out", "bias_out")]
+    return [p[f"{layer}.{kind}"] for layer in ("expand", "contract") for kind in ("weight", "bias")]
 
 
 def moe(tokens, p, order):
     "Equation (6) on the tokens `l d` of one item: shuffle, split, feed forward, unshuffle."
-    L, N = len(tokens), len(p["weight_in"])
+    L, N = len(tokens), len(p["expand.weight"])
     shuffled = [tokens[i] for i in order]
     done = []
     for e in range(N):

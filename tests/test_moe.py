@@ -32,12 +32,16 @@ def in_order(seed, x_len):
     return order
 
 
+def stacks(module):
+    "The experts' parameters, each with its axis of experts, also where there is only one."
+    return {name: p if module.experts > 1 else p[None] for name, p in module.named_parameters()}
+
+
 def compare_experts(experts, length, version=literal):
     module, x = literal.randomise(ExpertFeedForward(6, experts, mult=2)), tokens(2, length, 6)
-    p = dict(module.named_parameters())
-    order = in_order(5, length)
+    p, order = stacks(module), in_order(5, length)
     want = torch.stack([version.moe(item, p, order) for item in x])
-    return literal.gap(module(x), want, [x, *p.values()])
+    return literal.gap(module(x), want, [x, *module.parameters()])
 
 
 def compare_spatial(version=literal, training=True):
@@ -76,16 +80,15 @@ def test_experts(experts, length):
 @pytest.mark.parametrize("experts", [1, 3])
 def test_experts_act_as_their_mean_in_evaluation(experts):
     module, x = literal.randomise(ExpertFeedForward(6, experts)).eval(), tokens(2, 4, 6)
-    p = dict(module.named_parameters())
-    want = torch.stack([literal.mean_expert(item, p) for item in x])
-    assert max(literal.gap(module(x), want, [x, *p.values()])) < TIGHT
+    want = torch.stack([literal.mean_expert(item, stacks(module)) for item in x])
+    assert max(literal.gap(module(x), want, [x, *module.parameters()])) < TIGHT
 
 
 def routed(module, length):
     "Which expert took each token: expert e answers e whatever it is asked."
     with torch.no_grad():
-        module.weight_out.zero_()
-        module.bias_out.copy_(torch.arange(float(module.experts))[:, None])
+        module.contract.weight.zero_()
+        module.contract.bias.copy_(torch.arange(float(module.experts))[:, None])
     return module(torch.randn(2, length, 4))
 
 
@@ -114,11 +117,11 @@ def test_exchange(beta):
 def test_exchange_by_hand():
     module = ExpertFeedForward(1, 3, mult=1)
     with torch.no_grad():
-        module.bias_out.copy_(torch.tensor([[0.], [10.], [20.]]))
+        module.contract.bias.copy_(torch.tensor([[0.], [10.], [20.]]))
     exchange_experts(module)
-    assert torch.allclose(module.bias_out, torch.tensor([[0.015], [10.], [19.985]]))
+    assert torch.allclose(module.contract.bias, torch.tensor([[0.015], [10.], [19.985]]))
     old = torch.tensor([0., 10., 20.])
-    assert torch.allclose(literal.exchange([old], 0.001)[0], module.bias_out.detach()[:, 0])
+    assert torch.allclose(literal.exchange([old], 0.001)[0], module.contract.bias.detach()[:, 0])
 
 
 def test_exchange_leaves_everything_else_alone():
@@ -127,18 +130,19 @@ def test_exchange_leaves_everything_else_alone():
     exchange_experts(block, 0.5)
     changed = {name for name, p in block.state_dict().items() if not torch.equal(p, before[name])}
     assert changed == {f"experts.{name}" for name in
-                       ("weight_in", "bias_in", "weight_out", "bias_out")}
+                       ("expand.weight", "expand.bias", "contract.weight", "contract.bias")}
 
 
 def test_merge():
     module, x = literal.randomise(ExpertFeedForward(6, 3)).eval(), tokens(2, 4, 6)
     want = [literal.merged(p.detach()) for p in module.parameters()]
     before = module(x)
-    module.bias_in.requires_grad_(False)
+    module.expand.bias.requires_grad_(False)
     merge_experts(module)
-    assert module.experts == 1 and not module.bias_in.requires_grad
+    assert module.experts == 1 and not module.expand.bias.requires_grad
+    assert type(module.expand) is type(module.contract) is torch.nn.Linear
     for p, w in zip(module.parameters(), want, strict=True):
-        assert (p[0] - w).abs().max() < 1e-14
+        assert (p - w).abs().max() < 1e-14
     assert torch.equal(module(x), before) and torch.equal(module.train()(x), before)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from versvideo.modules.moe import ExpertFeedForward
+from versvideo.modules.moe import ExpertLinear
 from versvideo.unet import SIZES, Layer, VersVideoUNet, count_parameters
 
 TINY = dict(in_channels=4, block_out_channels=(16, 32), layers_per_block=1,
@@ -54,7 +54,7 @@ def run(unet, *shape, step=400, **kinds):
 
 def spread(unet):
     "Largest distance of an expert from the mean of its set."
-    stacks = [p for m in unet.modules() if isinstance(m, ExpertFeedForward) for p in m.parameters()]
+    stacks = [p for m in unet.modules() if isinstance(m, ExpertLinear) for p in m.parameters()]
     return max((p - p.mean(0)).abs().max().item() for p in stacks)
 
 
@@ -347,11 +347,14 @@ def test_attention_backends():
         unet.set_attention_backend("fastest")
 
 
-def test_layerwise_casting():
+@pytest.mark.parametrize("merge", [False, True])
+def test_layerwise_casting(merge):
     unet = build()
+    if merge:
+        unet.merge_experts()
     want = run(unet)
     unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    stored = {p.dtype for n, p in unet.named_parameters() if "to_q" in n}
+    stored = {p.dtype for n, p in unet.named_parameters() if "to_q" in n or "expand" in n}
     assert stored == {torch.bfloat16}
     assert 0 < (run(unet) - want).norm() < 0.1 * want.norm()
 

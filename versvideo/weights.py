@@ -59,8 +59,8 @@ IMAGE_NAMES = {
     r"\.transformer_blocks\.0\.attn1\.": ".self_attention.",
     r"\.transformer_blocks\.0\.attn2\.": ".cross_attention.",
     r"\.transformer_blocks\.0\.": ".",
-    r"\.ff\.net\.0\.proj\.(weight|bias)$": r".experts.\1_in",
-    r"\.ff\.net\.2\.(weight|bias)$": r".experts.\1_out",
+    r"\.ff\.net\.0\.proj\.": ".experts.expand.",
+    r"\.ff\.net\.2\.": ".experts.contract.",
     r"^conv_norm_out\.": "norm_out.",
 }
 ADAPTER_NAMES = {
@@ -72,8 +72,8 @@ ADAPTER_NAMES = {
     r"\.transformer_blocks\.0\.norm2\.": ".norms.1.",
     r"\.transformer_blocks\.0\.norm3\.": ".norm_experts.",
     r"\.transformer_blocks\.0\.": ".",
-    r"\.ff\.net\.0\.proj\.(weight|bias)$": r".experts.\1_in",
-    r"\.ff\.net\.2\.(weight|bias)$": r".experts.\1_out",
+    r"\.ff\.net\.0\.proj\.": ".experts.expand.",
+    r"\.ff\.net\.2\.": ".experts.contract.",
 }
 
 
@@ -116,7 +116,8 @@ def load_translated(
             continue
         place = mine[name]
         if value.ndim == place.ndim + 2 and value.shape[2:] == (1, 1): value = value[:, :, 0, 0]
-        if value.shape != (place.shape[1:] if ".experts." in name else place.shape):
+        stacked = ".experts." in name and place.ndim == value.ndim + 1
+        if value.shape != (place.shape[1:] if stacked else place.shape):
             wrong.append(f"{key} is {tuple(value.shape)}, the video model has {tuple(place.shape)}")
         mapped[key], values[name] = name, value
     if wrong:
