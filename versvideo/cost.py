@@ -8,6 +8,7 @@ __all__ = ['wait', 'take_turns', 'middle_half', 'compare_times', 'keep_freed_mem
 
 # %% ../nbs/11_cost.ipynb #11-03
 import ctypes
+import gc
 import random
 import statistics
 import sys
@@ -70,10 +71,13 @@ def compare_times(
 
 # %% ../nbs/11_cost.ipynb #11-26
 def keep_freed_memory() -> bool:  # Whether there was such an allocator
-    "Let glibc's allocator keep what is freed, from now on and for all of this process; without glibc nothing happens."
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    "What is free goes back to the system, what is freed from now on glibc's allocator keeps for this process; without glibc nothing happens."
+    gc.collect()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"): return False
+    libc.malloc_trim(0)
     trim_threshold, top_pad, mmap_max = -1, -2, -4   # the names of malloc.h
-    return mallopt is not None and all(mallopt(which, n) for which, n in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
+    return all(libc.mallopt(which, n) for which, n in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
 
 # %% ../nbs/11_cost.ipynb #11-11
 class FactorizedConv(MultiExcitationConv):
