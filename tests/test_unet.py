@@ -417,6 +417,27 @@ def test_repeated_blocks_compile():
     assert len(graphs) > 8
 
 
+def test_lora_on_shared_tokens():
+    unet = build()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["expand", "contract"]))
+    x, text = inputs()
+    unet.train()(x, 400, text).sample.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in unet.named_parameters()
+               if "expand.lora_B" in n)
+
+
+@pytest.mark.parametrize("change", [
+    lambda unet: unet.add_adapter(LoraConfig(r=2, target_modules=["expand"])),
+    lambda unet: unet.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    lambda unet: cpu_offload(unet, torch.device("cpu"), offload_buffers=True)])
+def test_merging_comes_first(change):
+    unet = build()
+    change(unet)
+    with pytest.raises(ValueError, match="merge first"):
+        unet.merge_experts()
+    assert max(unet.config.experts) > 1
+
+
 def test_lora(tmp_path):
     unet = build()
     want = run(unet)

@@ -19,14 +19,15 @@ from torch import nn
 
 # %% ../../nbs/03_moe.ipynb #03-06
 class ExpertLinear(nn.Linear):
-    "`e` linear maps that start alike: a list of e tensors goes through one each, a single tensor `... d` through their mean."
+    "`e` linear maps that start alike: in training each takes its share of the tokens `b n d`, in order; in evaluation all go through their mean."
     def __init__(self, width_in, width_out, experts):
         super().__init__(width_in, width_out)
         for name, p in list(self.named_parameters()): setattr(self, name, nn.Parameter(p.detach().expand(experts, *p.shape).clone()))
 
     def forward(self, x):
-        if isinstance(x, torch.Tensor): return F.linear(x, self.weight.mean(0), self.bias.mean(0))
-        return [F.linear(*each) for each in zip(x, self.weight, self.bias, strict=True)]
+        if not self.training: return F.linear(x, self.weight.mean(0), self.bias.mean(0))
+        groups = x.tensor_split(len(self.weight), dim=1)
+        return torch.cat([F.linear(*each) for each in zip(groups, self.weight, self.bias, strict=True)], dim=1)
 
     @torch.no_grad()
     def merged(self):
@@ -56,9 +57,7 @@ class ExpertFeedForward(nn.Module):
     def forward(self, x):
         if self.experts == 1 or not self.training: return self.contract(self.gated(self.expand(x)))
         order = torch.randperm(x.shape[1], device=x.device)
-        groups = x[:, order].tensor_split(self.experts, dim=1)
-        y = self.contract([self.gated(hidden) for hidden in self.expand(groups)])
-        return torch.cat(y, dim=1)[:, order.argsort()]
+        return self.contract(self.gated(self.expand(x[:, order])))[:, order.argsort()]
 
 # %% ../../nbs/03_moe.ipynb #03-15
 @torch.no_grad()
@@ -75,8 +74,12 @@ def exchange_experts(
 def merge_experts(
     module: nn.Module,  # Every `ExpertFeedForward` inside is merged, in place
 ):
-    "Replace the experts by their mean, one plain feed-forward network each (paper 2.2: no cost at inference)."
-    for ffn in (m for m in module.modules() if isinstance(m, ExpertFeedForward) and m.experts > 1):
+    "Replace the experts by their mean, one plain feed-forward network each (paper 2.2: no cost at inference); ValueError, with nothing merged, where hooks or adapters sit on them."
+    several = [m for m in module.modules() if isinstance(m, ExpertFeedForward) and m.experts > 1]
+    for layer in (layer for m in several for layer in m.children()):
+        if type(layer) is not ExpertLinear or hasattr(layer, "_diffusers_hook") or hasattr(layer, "_hf_hook"):
+            raise ValueError("these experts carry an adapter, a cast or an offload: merge first and add them then, or unload the adapter")
+    for ffn in several:
         ffn.experts, ffn.expand, ffn.contract = 1, ffn.expand.merged(), ffn.contract.merged()
 
 # %% ../../nbs/03_moe.ipynb #03-24
