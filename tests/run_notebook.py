@@ -77,6 +77,7 @@ def run(notebook: str, output: str, arguments: list[str]) -> None:
 def main(notebook: str, output: str, *arguments: str) -> str | None:
     "Run and say where the result is and how long it took; the text of an error for sys.exit."
     os.chdir(REPO)
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # no widgets here, and no path in the record
     start = time.monotonic()
     try:
         run(notebook, output, list(arguments))

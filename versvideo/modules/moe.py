@@ -19,15 +19,17 @@ from torch import nn
 
 # %% ../../nbs/03_moe.ipynb #03-06
 class ExpertLinear(nn.Linear):
-    "`e` linear maps that start alike: in training each takes its share of the tokens `b n d`, in order; in evaluation all go through their mean."
+    "`e` linear maps that start alike: in training each takes its share of the tokens `n b d`, in order; in evaluation all go through their mean."
     def __init__(self, width_in, width_out, experts):
         super().__init__(width_in, width_out)
         for name, p in list(self.named_parameters()): setattr(self, name, nn.Parameter(p.detach().expand(experts, *p.shape).clone()))
 
     def forward(self, x):
         if not self.training: return F.linear(x, self.weight.mean(0), self.bias.mean(0))
-        groups = x.tensor_split(len(self.weight), dim=1)
-        return torch.cat([F.linear(*each) for each in zip(groups, self.weight, self.bias, strict=True)], dim=1)
+        if len(x) % len(self.weight) == 0:   # all at once
+            return torch.baddbmm(self.bias[:, None], x.reshape(len(self.weight), -1, x.shape[-1]), self.weight.mT).reshape(*x.shape[:-1], -1)
+        groups = x.tensor_split(len(self.weight))
+        return torch.cat([F.linear(*each) for each in zip(groups, self.weight, self.bias, strict=True)])
 
     @torch.no_grad()
     def merged(self):
@@ -56,8 +58,10 @@ class ExpertFeedForward(nn.Module):
 
     def forward(self, x):
         if self.experts == 1 or not self.training: return self.contract(self.gated(self.expand(x)))
-        order = torch.randperm(x.shape[1], device=x.device)
-        return self.contract(self.gated(self.expand(x[:, order])))[:, order.argsort()]
+        b, n, d = x.shape
+        order = torch.randperm(n, device=x.device)
+        rows = order[:, None] + n * torch.arange(b, device=x.device)   # tokens first, so that an expert's are one piece of memory
+        return self.contract(self.gated(self.expand(x.reshape(b * n, d)[rows])))[order.argsort()].transpose(0, 1)
 
 # %% ../../nbs/03_moe.ipynb #03-15
 @torch.no_grad()
