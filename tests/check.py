@@ -1,4 +1,4 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP`.
+"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP IMAGE_VAE`.
 
 None of them changes a file of the working tree, except `ship`, which is there to do that.
 """
@@ -102,29 +102,36 @@ def installed() -> None:
 
 
 def runs() -> None:
-    "Every run notebook at its default parameters, which take seconds on a CPU."
-    notebooks = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
+    "Every run notebook at its default parameters, which take seconds on a CPU, and some at others."
+    notebooks = [(path,) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))]
+    notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        def smoke(notebook: Path) -> float:
-            start = time.monotonic()
+        def smoke(run: tuple) -> float:
+            start, (notebook, *parameters) = time.monotonic(), run
             call(sys.executable, REPO / "tests/run_notebook.py", f"nbs/{notebook.name}",
-                 Path(folder) / notebook.name, cwd=REPO, OMP_NUM_THREADS="1")
+                 Path(folder) / f"{len(parameters)}-{notebook.name}", *parameters, cwd=REPO,
+                 OMP_NUM_THREADS="1")
             return time.monotonic() - start
 
-        for notebook, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
-            print(f"{notebook.name}: {seconds:.0f} s", flush=True)
+        for run, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
+            print(*(run[0].name, *run[1:]), f"{seconds:.0f} s", flush=True)
 
 
-def ship(pipeline: str, clip: str) -> None:
-    "Make a trained pipeline, and the vision tower of its CLIP, those that the package holds."
+def ship(pipeline: str, clip: str, image_vae: str) -> None:
+    """Make a trained pipeline the one that the package holds, with two models beside it.
+
+    The vision tower of its CLIP, and the image autoencoder that its decoder was built around.
+    """
     shipped = REPO / "versvideo/weights/XS"
     with atomic_path(shipped) as temp:
         shutil.copytree(REPO / pipeline, temp)
         shutil.copytree(REPO / clip / "image_encoder", temp / "image_encoder")
         cast_weights(temp / "image_encoder/model.safetensors", torch.float16)
+        shutil.copytree(REPO / image_vae, temp / "image_vae")
+        cast_weights(temp / "image_vae/diffusion_pytorch_model.safetensors", torch.float16)
         if (shipped / "README.md").exists():
             shutil.copy2(shipped / "README.md", temp)
-    print(f"{pipeline}, {clip}/image_encoder -> {shipped.relative_to(REPO)}")
+    print(f"{pipeline}, {clip}/image_encoder, {image_vae} -> {shipped.relative_to(REPO)}")
 
 
 if __name__ == "__main__":

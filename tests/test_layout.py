@@ -1,6 +1,7 @@
 """The shape of the repository: what lies where, who imports whom, where versions are written."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ ORDER = [
     {"shapes"},
     {"data", "metrics"},
     {"unet"},
-    {"vae"},
+    {"latents", "vae"},
     {"weights", "controlnet", "plan"},
     {"cost"},
     {"pipeline"},
@@ -216,3 +217,37 @@ def test_file_sizes():
     for folder, limit in (("nbs", 100_000), ("results", 500_000)):
         notebooks = [p for p in files if p.suffix == ".ipynb" and p.parent == REPO / folder]
         assert not [p.name for p in notebooks if p.stat().st_size > limit]
+
+
+# A folder of the machine something was made on: /tmp/…, C:\Users\…; not /tests/… nor a link.
+MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home|root|work|tmp|Users|opt|mnt|usr)/[\w.-]+|\b[A-Z]:\\+Users")
+
+
+def written_text(notebook: dict) -> str:
+    "What a notebook's outputs say, pictures left out."
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    return json.dumps([[o.get("text"), o.get("traceback"),
+                        [v for k, v in o.get("data", {}).items() if not k.startswith("image/")]]
+                       for o in outputs])
+
+
+def test_no_paths_of_a_machine():
+    "Records and outputs say nothing of the folders they were made in."
+    for path in repository_files():
+        if path.parts[len(REPO.parts)] not in ("nbs", "results"):
+            continue
+        if path.suffix in (".json", ".csv", ".md"):
+            text = path.read_text(encoding="utf-8")
+        elif path.suffix == ".ipynb":
+            text = written_text(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            continue
+        assert not MACHINE_PATH.search(text), f"{path.name}: {MACHINE_PATH.search(text)[0]}"
+
+
+def test_paths_of_a_machine_are_noticed():
+    stream = {"cells": [{"outputs": [{"text": ["saved in /tmp/versvideo-x\n"]}]}]}
+    result = {"cells": [{"outputs": [{"data": {"text/plain": "PosixPath('/home/me/a.gif')"}}]}]}
+    assert MACHINE_PATH.search(written_text(stream)) and MACHINE_PATH.search(written_text(result))
+    picture = {"cells": [{"outputs": [{"data": {"image/png": "/tmp/x"}}]}]}
+    assert not MACHINE_PATH.search(written_text(picture) + "results/tmp/x https://a.org/home/x")

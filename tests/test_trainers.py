@@ -23,8 +23,15 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from versvideo import latents as latents_module
 from versvideo import trainers
-from versvideo import vae as vae_module
+from versvideo.latents import (
+    autoencoder_loss,
+    build_vae,
+    cached_latents,
+    encode_clips,
+    fit_latent_scale,
+)
 from versvideo.saved import change_config
 from versvideo.trainers import (
     FitConfig,
@@ -38,13 +45,6 @@ from versvideo.trainers import (
     training_scheduler,
 )
 from versvideo.unet import VersVideoUNet
-from versvideo.vae import (
-    autoencoder_loss,
-    build_vae,
-    cached_latents,
-    encode_clips,
-    fit_latent_scale,
-)
 
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,
             cross_attention_dim=6, experts=(2, 2), norm_groups=4)
@@ -556,7 +556,7 @@ def test_half_made_latents_are_not_kept(vae, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(vae_module, "save_file", full)
+        patch.setattr(latents_module, "save_file", full)
         cached_latents(tmp_path / "latents.safetensors", vae, World(), 3)
     assert names(tmp_path) == []
 

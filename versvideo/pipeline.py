@@ -32,6 +32,7 @@ from .core import best_device, pick, read_json, repo_path, require_memory
 from .saved import check_loaded, check_saved, quiet_bars
 from .text import encode_text, known_words, unknown_words
 from .unet import SIZES, VersVideoUNet
+from .vae import TCMVAE
 
 # %% ../nbs/12_pipeline.ipynb #12-07
 SCHEDULERS = {name.removesuffix("Scheduler"): name for name in KarrasDiffusionSchedulers.__members__
@@ -206,12 +207,14 @@ def step_arguments(
 # %% ../nbs/12_pipeline.ipynb #12-27
 @torch.no_grad()
 def decode_latents(
-    vae: AutoencoderKL,     # Image VAE
+    vae: AutoencoderKL,     # Image VAE or TCM-VAE
     latents: torch.Tensor,  # Scaled latents, `b c t h w`
     chunk: int = 16,        # Frames decoded at a time
 ) -> torch.Tensor:          # Clips in [-1, 1], fp32, `b 3 t h w`
-    "Decode a video frame by frame, undoing the VAE's scaling and shift of the latents."
+    "Decode a video, undoing the VAE's scaling and shift of the latents."
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    if isinstance(vae, TCMVAE):
+        return vae.decode(latents.to(vae.dtype), window=chunk).sample.float().clamp(-1, 1)
     frames = rearrange(latents, "b c t h w -> (b t) c h w").to(vae.dtype)
     pixels = torch.cat([vae.decode(part).sample.float() for part in frames.split(chunk)])
     return rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
            'require_finite', 'parameter_groups', 'prepare', 'fit', 'run_folder', 'write_run', 'training_scheduler',
-           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'load_frozen']
+           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae',
+           'load_frozen']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import json
@@ -37,6 +38,7 @@ from versvideo.core import (
 )
 from .pipeline import WEIGHTS
 from .unet import SIZES
+from .vae import load_vae
 
 # %% ../nbs/14_trainers.ipynb #14-06
 @dataclass
@@ -296,6 +298,27 @@ def draw_latents(
     return latents[index, :, frame][:, :, None].float(), index
 
 # %% ../nbs/14_trainers.ipynb #14-32
+def base_of(size: str):
+    "Folder or hub id of the image model of a size."
+    base = SIZES[size].base
+    return WEIGHTS / base if base in SIZES else base
+
+
+def load_image_vae(
+    size: str,      # A row of SIZES
+    vae: str = "",  # Folder or hub id of an image autoencoder instead
+) -> AutoencoderKL:
+    "The image autoencoder that the decoder of this size is built around, in evaluation mode."
+    home, part = base_of(size), "vae"
+    if isinstance(home, Path): part = "image_vae"   # beside the one with the trained decoder
+    if vae: home, part = repo_path(vae) if repo_path(vae).is_dir() else vae, None
+    try: model = load_vae(home, part)
+    except OSError as error:
+        raise FileNotFoundError(f"vae={vae!r}: the image autoencoder of {home} cannot be read ({error}): give its folder or hub id") from error
+    if type(model) is not AutoencoderKL: raise ValueError(f"vae={vae!r} is a {type(model).__name__}: give an image autoencoder, an AutoencoderKL")
+    return model
+
+
 def load_frozen(
     size: str,       # A row of SIZES
     vae: str = "",   # Folder of an autoencoder instead
@@ -305,12 +328,10 @@ def load_frozen(
     for name, folder in dict(vae=vae, clip=clip).items():
         if folder and not repo_path(folder).is_dir():
             raise FileNotFoundError(f"{name}={folder!r}: there is no folder {repo_path(folder)}; leave {name} empty for the size's own")
-    base = SIZES[size].base
-    base = WEIGHTS / base if base in SIZES else base
+    base = base_of(size)
     home = repo_path(clip) if clip else base
     try:
-        image_vae = (AutoencoderKL.from_pretrained(repo_path(vae)) if vae else
-                     AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32))
+        image_vae = load_vae(repo_path(vae)) if vae else load_vae(base, subfolder="vae")
         kind = (CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures or ["CLIPTextModel"])[0]
         text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
         text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
