@@ -27,6 +27,7 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from .modules.mec import MultiExcitationConv
+from .saved import plain_config
 from .text import preprocess_frames
 from .unet import per_frame
 
@@ -198,7 +199,8 @@ class TCMVAE(AutoencoderKL):
     def from_image_vae(cls, vae: AutoencoderKL, **options):
         "Around an image autoencoder; until it is trained it decodes what that decodes, bit for bit."
         if type(vae) is not AutoencoderKL: raise ValueError(f"vae is {type(vae).__name__}: a TCM-VAE is built around an AutoencoderKL")
-        model = cls.from_config(vae.config, **options)
+        known = inspect.signature(AutoencoderKL.__init__).parameters
+        model = cls(**{k: v for k, v in plain_config(vae).items() if k in known} | options)
         model.to(vae.device)
         if vae.dtype != model.dtype: model.to(vae.dtype)
         model.load_state_dict(model.state_dict() | vae.state_dict())
