@@ -220,7 +220,7 @@ def test_file_sizes():
 
 
 # A folder of the machine something was made on: /tmp/…, C:\Users\…; not /tests/… nor a link.
-MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home|root|work|tmp|Users|opt|mnt|usr)/[\w.-]+|\b[A-Z]:\\+Users")
+MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home|root|work|tmp|Users|opt|mnt)/[\w.-]+|\b[A-Z]:\\+Users")
 
 
 def written_text(notebook: dict) -> str:
