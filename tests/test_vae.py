@@ -26,9 +26,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from versvideo.core import repo_path
 from versvideo.cost import peak_bytes, wake
-from versvideo.pipeline import load_pipeline
+from versvideo.pipeline import WEIGHTS, load_pipeline
 from versvideo.text import load_clip
 from versvideo.trainers import FitConfig, fit, load_image_vae
 from versvideo.vae import (
@@ -152,7 +151,7 @@ def animatediff(vae):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
     adapter = MotionAdapter(block_out_channels=(32, 32), motion_layers_per_block=1,
                             motion_norm_num_groups=2, motion_num_attention_heads=2)
-    words = load_clip(repo_path("versvideo/weights/XS"))[2]
+    words = load_clip(WEIGHTS / "XS")[2]
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=words.model_max_length,
                                         **CLIP)).eval()
     pipe = AnimateDiffPipeline(vae=vae, text_encoder=text, tokenizer=words, unet=unet,
@@ -195,7 +194,7 @@ def test_drops_into_the_pipelines_of_diffusers(pipeline):
 
 def test_versvideo_pipeline_decodes_with_it(tmp_path):
     pipe = load_pipeline("XS", device="cpu")
-    image = load_vae(repo_path("versvideo/weights/XS/image_vae"))
+    image = load_vae(WEIGHTS / "XS/image_vae")
     compensated = TCMVAE.from_image_vae(image)
 
     def sample(vae):
