@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TemporalCompensation', 'RefinementUNet', 'windows', 'in_windows', 'ramp', 'in_tiles', 'with_arguments_of',
-           'check_blocks', 'to_clips', 'to_frames', 'as_clips', 'encode_features', 'TCMVAE', 'load_vae',
-           'TemporalDiscriminator', 'judge', 'hinge_loss', 'adaptive_weight', 'ClipDistance', 'LpipsDistance',
-           'perceptual_distance', 'DecoderAndCritic', 'DecoderLoss']
+           'check_blocks', 'to_clips', 'to_frames', 'as_clips', 'encode_features', 'compensated_level',
+           'decode_features', 'TCMVAE', 'load_vae', 'TemporalDiscriminator', 'judge', 'hinge_loss', 'adaptive_weight',
+           'ClipDistance', 'LpipsDistance', 'perceptual_distance', 'DecoderAndCritic', 'DecoderLoss']
 
 # %% ../nbs/06_vae.ipynb #06-03
 import importlib.util
@@ -178,6 +178,31 @@ def encode_features(
     return DiagonalGaussianDistribution(x), features[::-1]
 
 
+def compensated_level(block, tcm, x, b):
+    "The residual blocks of a decoder level on frames `(b t) c h w`, then its TCM."
+    for resnet in block.resnets: x = resnet(x, None)
+    return to_frames(tcm(to_clips(x, b)))
+
+
+def decode_features(
+    vae: AutoencoderKL,  # A `TCMVAE`
+    z: torch.Tensor,     # Clips `b c t h w`
+) -> tuple:              # Video, decoded in one piece; what left the TCM of each level as `(b t) c h w`, the smallest first
+    "A TCM-VAE's video, and F_A of equation (9)."
+    b, features, decoder = len(z), [], vae.decoder
+    checkpoint = decoder.gradient_checkpointing and torch.is_grad_enabled()
+    x = to_frames(z)
+    if vae.post_quant_conv is not None: x = vae.post_quant_conv(x)
+    x = decoder.mid_block(decoder.conv_in(x))
+    for block, tcm in zip(decoder.up_blocks, vae.tcm, strict=True):
+        level = (block, tcm, x, b)
+        x = decoder._gradient_checkpointing_func(compensated_level, *level) if checkpoint else compensated_level(*level)
+        features.append(x)
+        for upsample in block.upsamplers or (): x = upsample(x)
+    x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+    return to_clips(vae.refinement(x), b), features
+
+# %% ../nbs/06_vae.ipynb #06-42a
 class TCMVAE(AutoencoderKL):
     "An image autoencoder with a decoder that knows of time (paper 2.3, Figure 3). Arguments beyond its own are those of `AutoencoderKL`."
     @register_to_config
@@ -234,7 +259,7 @@ class TCMVAE(AutoencoderKL):
         clips = as_clips(z, num_frames, self.config.latent_channels)
         size, overlap = (self.window_frames, self.window_overlap) if window is None else (window, min(self.window_overlap, window // 4))
         tile = max(self.tile_latent_min_size, 1)
-        whole = lambda z: self.decode_features(z)[0]
+        whole = lambda z: decode_features(self, z)[0]
         tiled = lambda z: in_tiles(whole, z, tile, int(tile * self.tile_overlap_factor)) if self.use_tiling else whole(z)
         video = torch.cat([in_windows(tiled, clip, size, overlap) for clip in clips.split(1)])
         if z.ndim == 4: video = to_frames(video)
@@ -245,27 +270,6 @@ class TCMVAE(AutoencoderKL):
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, num_frames, return_dict)
-
-    def decode_features(self, z: torch.Tensor) -> tuple:
-        "Video of clips `b c t h w`, in one piece, and what left the TCM of each level as `(b t) c h w`: F_A of equation (9), the smallest first."
-        b, features, x = len(z), [], to_frames(z)
-        if self.post_quant_conv is not None: x = self.post_quant_conv(x)
-        x = self.decoder.mid_block(self.decoder.conv_in(x))
-        for block, tcm in zip(self.decoder.up_blocks, self.tcm, strict=True):
-            x = self._run(self._compensated_level, block, tcm, x, b)
-            features.append(x)
-            for upsample in block.upsamplers or (): x = upsample(x)
-        x = self.decoder.conv_out(self.decoder.conv_act(self.decoder.conv_norm_out(x)))
-        return to_clips(self.refinement(x), b), features
-
-    def _compensated_level(self, block, tcm, x, b):
-        for resnet in block.resnets: x = resnet(x, None)
-        return to_frames(tcm(to_clips(x, b)))
-
-    def _run(self, function, *args):
-        if self.decoder.gradient_checkpointing and torch.is_grad_enabled():
-            return self.decoder._gradient_checkpointing_func(function, *args)
-        return function(*args)
 
 # %% ../nbs/06_vae.ipynb #06-42b
 def load_vae(
@@ -389,7 +393,7 @@ class DecoderLoss:
         "Terms for a batch of `clips`, `b 3 t h w` in [-1, 1], at `step`; `loss` is what to minimise."
         clips = batch["clips"]
         with torch.no_grad(): posterior, F_S = encode_features(model.vae, to_frames(clips))
-        decoded, F_A = model.vae.decode_features(to_clips(posterior.mode(), len(clips)))
+        decoded, F_A = decode_features(model.vae, to_clips(posterior.mode(), len(clips)))
         terms = {"l1": F.l1_loss(decoded, clips), "perceptual": self.perceptual(to_frames(decoded), to_frames(clips)),
                  "consistency": sum(F.mse_loss(a, s) for a, s in zip(F_A, F_S, strict=True))}
         reconstruction = terms["l1"] + self.perceptual_weight * terms["perceptual"]
