@@ -387,6 +387,8 @@ class DecoderLoss:
     perceptual_weight: float = 1.     # As VQ-GAN's
     adversarial_weight: float = 0.5   # Times the adaptive weight
     consistency_weight: float = 1e-4  # λ
+    squared_weight: float = 0.        # Beyond equation (9): of the squared error
+    difference_weight: float = 0.     # Beyond equation (9): of the error of the differences of neighbouring frames, flicker
     start: int = 0                    # Step from which on there is a discriminator
 
     def __call__(self, model: DecoderAndCritic, batch: dict) -> dict:
@@ -394,9 +396,12 @@ class DecoderLoss:
         clips = batch["clips"]
         with torch.no_grad(): posterior, F_S = encode_features(model.vae, to_frames(clips))
         decoded, F_A = decode_features(model.vae, to_clips(posterior.mode(), len(clips)))
-        terms = {"l1": F.l1_loss(decoded, clips), "perceptual": self.perceptual(to_frames(decoded), to_frames(clips)),
+        change = (decoded - clips).diff(dim=2)
+        terms = {"l1": F.l1_loss(decoded, clips), "l2": F.mse_loss(decoded, clips), "difference": change.abs().sum() / max(change.numel(), 1),
+                 "perceptual": self.perceptual(to_frames(decoded), to_frames(clips)),
                  "consistency": sum(F.mse_loss(a, s) for a, s in zip(F_A, F_S, strict=True))}
-        reconstruction = terms["l1"] + self.perceptual_weight * terms["perceptual"]
+        beyond = self.squared_weight * terms["l2"] + self.difference_weight * terms["difference"]
+        reconstruction = terms["l1"] + self.perceptual_weight * terms["perceptual"] + beyond
         loss = reconstruction + self.consistency_weight * terms["consistency"]
         if self.adversarial_weight and batch["step"] >= self.start:
             terms["adversarial"] = -judge(model.critic, decoded).mean()
