@@ -57,12 +57,12 @@ results: $(INSTALLED)
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
 	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
-	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights results/24_train_clip-XS-s0/weights
+	    vae=results/21_train_vae-tcm-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
+	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights \
+	    results/24_train_clip-XS-s0/weights results/21_train_vae-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
-	    size=XS n=256 perceptual=clip vae=results/21_train_vae-tcm-XS-s0/weights \
-	    out=results/42_reconstruction-XS
+	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/*-XS-s0/checkpoints
 

@@ -1,4 +1,4 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP`.
+"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP IMAGE_VAE`.
 
 None of them changes a file of the working tree, except `ship`, which is there to do that.
 """
@@ -117,16 +117,21 @@ def runs() -> None:
             print(*(run[0].name, *run[1:]), f"{seconds:.0f} s", flush=True)
 
 
-def ship(pipeline: str, clip: str) -> None:
-    "Make a trained pipeline, and the vision tower of its CLIP, those that the package holds."
+def ship(pipeline: str, clip: str, image_vae: str) -> None:
+    """Make a trained pipeline the one that the package holds, with two models beside it.
+
+    The vision tower of its CLIP, and the image autoencoder that its decoder was built around.
+    """
     shipped = REPO / "versvideo/weights/XS"
     with atomic_path(shipped) as temp:
         shutil.copytree(REPO / pipeline, temp)
         shutil.copytree(REPO / clip / "image_encoder", temp / "image_encoder")
         cast_weights(temp / "image_encoder/model.safetensors", torch.float16)
+        shutil.copytree(REPO / image_vae, temp / "image_vae")
+        cast_weights(temp / "image_vae/diffusion_pytorch_model.safetensors", torch.float16)
         if (shipped / "README.md").exists():
             shutil.copy2(shipped / "README.md", temp)
-    print(f"{pipeline}, {clip}/image_encoder -> {shipped.relative_to(REPO)}")
+    print(f"{pipeline}, {clip}/image_encoder, {image_vae} -> {shipped.relative_to(REPO)}")
 
 
 if __name__ == "__main__":

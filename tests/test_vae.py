@@ -194,7 +194,7 @@ def test_drops_into_the_pipelines_of_diffusers(pipeline):
 
 def test_versvideo_pipeline_decodes_with_it(tmp_path):
     pipe = load_pipeline("XS", device="cpu")
-    image = load_vae(WEIGHTS / "XS/vae")
+    image = load_vae(WEIGHTS / "XS/image_vae")
     compensated = TCMVAE.from_image_vae(image)
 
     def sample(vae):
@@ -338,7 +338,8 @@ def test_loss_is_equation_9():
 
 @pytest.mark.parametrize("change", [
     dict(perceptual_weight=0.0), dict(adversarial_weight=0.0), dict(adversarial_weight=0.25),
-    dict(consistency_weight=0.0), dict(consistency_weight=1e-3), dict(start=1)])
+    dict(consistency_weight=0.0), dict(consistency_weight=1e-3), dict(start=1),
+    dict(squared_weight=1.0), dict(difference_weight=1.0)])
 def test_a_broken_term_is_noticed(change):
     "What test_loss_is_equation_9 compares differs as soon as one term is off."
     model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16) * 2 - 1
@@ -346,6 +347,22 @@ def test_a_broken_term_is_noticed(change):
     terms = loss(model, dict(clips=clips, step=torch.tensor(0)))
     generator, judged = literal_loss(model, clips)
     assert not torch.allclose(terms["loss"], generator + judged, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 4])
+def test_terms_beyond_equation_9(t):
+    model, clips = decoder_and_critic(), torch.rand(2, 3, t, 16, 16) * 2 - 1
+    loss = DecoderLoss(SquaredDistance(), squared_weight=3.0, difference_weight=5.0, start=1)
+    terms = loss(model, dict(clips=clips, step=torch.tensor(0)))
+    with torch.no_grad():
+        z = model.vae.encode(clips.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+        error = model.vae.decode(z.unflatten(0, (2, t)).transpose(1, 2)).sample - clips
+    changes = [(error[:, :, i + 1] - error[:, :, i]).abs() for i in range(t - 1)]
+    flicker = torch.stack(changes).mean() if changes else torch.zeros(())
+    expected = error.abs().mean() + terms["perceptual"] + 1e-4 * terms["consistency"] + 3 * (error**2).mean() + 5 * flicker
+    assert torch.allclose(terms["loss"], expected, atol=1e-5)
+    terms["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["l1_loss", "mse_loss", "relu"])

@@ -310,6 +310,7 @@ def load_image_vae(
 ) -> AutoencoderKL:
     "The image autoencoder that the decoder of this size is built around, in evaluation mode."
     home, part = base_of(size), "vae"
+    if isinstance(home, Path): part = "image_vae"   # beside the one with the trained decoder
     if vae: home, part = repo_path(vae) if repo_path(vae).is_dir() else vae, None
     try: model = load_vae(home, part)
     except OSError as error:
