@@ -1,7 +1,7 @@
 # make quickstart PROMPT="..."   a video from a sentence, in out/
 # make test                      every check, under 20 minutes on 2 cores
 # make lab                       JupyterLab on the notebooks
-# make results                   every committed XS result again (hours, continues after a stop)
+# make results                   the embedded model and its results again (hours, continues after a stop)
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3

@@ -104,7 +104,8 @@ def installed() -> None:
 def runs() -> None:
     "Every run notebook at its default parameters, which take seconds on a CPU, and some at others."
     notebooks = [(path,) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))]
-    notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip")]
+    notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip", *more)
+                  for more in ((), ("without=tcm+refinement",))]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         def smoke(run: tuple) -> float:
             start, (notebook, *parameters) = time.monotonic(), run

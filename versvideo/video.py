@@ -170,7 +170,7 @@ def read_folder(
         try:
             clips[path.name] = cover(read_video(path, frames, stride), size)
         except ValueError as error:
-            bad[path.name] = str(error)
+            bad[path.name] = str(error).replace(str(path), path.name)
     if bad:
         warnings.warn(f"{len(bad)} of {len(clips) + len(bad)} videos left out: {'; '.join(bad.values())}", stacklevel=2)
     if not clips:
