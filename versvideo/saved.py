@@ -82,7 +82,7 @@ def save_pipeline(
         pipe.save_pretrained(temp, safe_serialization=True)
         for path in temp.glob("*/*.safetensors"):
             cast_weights(path, dtype)
-        for path in temp.glob("*/config.json"):   # where a part came from is nobody's business
+        for path in (temp / "model_index.json", *temp.glob("*/config.json")):   # where a part came from is nobody's business
             write_json(path, {k: v for k, v in read_json(path).items() if k != "_name_or_path"})
         for other in folder.iterdir() if folder.is_dir() else ():
             if not (temp / other.name).exists():
