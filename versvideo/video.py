@@ -105,6 +105,7 @@ def read_video(
 ) -> torch.Tensor:              # uint8 `c t h w`
     "Read a video; FileNotFoundError, ValueError for a damaged file, ImportError without decord."
     path = Path(path)
+    if stride is not None and stride < 1: raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     if path.suffix.lower() == ".gif":
@@ -165,6 +166,7 @@ def read_folder(
     "The first frames of each video of a folder; a warning for files left out, ValueError where none can be read."
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: check the path")
+    if stride < 1: raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
     clips, bad = {}, {}
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")):
         try:
