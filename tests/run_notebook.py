@@ -68,8 +68,9 @@ def run(notebook: str, output: str, arguments: list[str]) -> None:
         print(f"\nThe notebook up to the error: {unfinished}", file=sys.stderr)
         raise
     executed.metadata.papermill["output_path"] = output
-    with atomic_path(output) as temp:
-        nbformat.write(executed, temp)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one writes
+        with atomic_path(output) as temp:
+            nbformat.write(executed, temp)
     unfinished.unlink()
     unfinished.parent.rmdir()
 

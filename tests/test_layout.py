@@ -33,8 +33,8 @@ ORDER = [
     {"data", "metrics"},
     {"unet"},
     {"latents", "vae"},
-    {"weights", "controlnet", "plan"},
-    {"cost"},
+    {"weights", "plan"},
+    {"cost", "controlnet"},
     {"pipeline"},
     {"trainers"},
     {"results"},
@@ -42,7 +42,10 @@ ORDER = [
 
 # Heavy or optional packages, and the only modules that may import them (inside functions).
 ONLY_IN = {
+    "controlnet_aux": {"conditions"},
+    "cv2": {"conditions"},
     "decord": {"data", "video"},
+    "ipywidgets": {"show"},
     "lpips": {"metrics", "vae"},
     "IPython": {"show"},
     "matplotlib": {"show"},
@@ -181,8 +184,8 @@ def test_pins_are_exact_and_allowed(python):
     assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in pins)
     assert len({r.name for r in pins}) == len(pins)
     pinned = {r.name: str(r.specifier)[2:] for r in pins}
-    for key in ("requirements", "video_requirements", "metrics_requirements",
-                "notebooks_requirements"):
+    for key in ("requirements", "video_requirements", "control_requirements", "hed_requirements",
+                "metrics_requirements", "notebooks_requirements"):
         for r in requirements(key):
             assert r.specifier.contains(pinned[r.name]), f"{r.name} {pinned[r.name]}"
     assert {"nbdev", "execnb", "fastcore"} <= pinned.keys()

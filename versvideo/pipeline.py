@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'OUTPUT_TYPES', 'WEIGHTS', 'get_scheduler', 'check_counts', 'check_numbers', 'latent_size', 'as_texts',
            'check_prompts', 'warn_about_words', 'as_generators', 'start_latents', 'set_timesteps', 'step_arguments',
-           'decode_latents', 'to_numpy', 'to_pil', 'unchanged', 'VersVideoPipelineOutput', 'VideoDenoiser',
-           'VersVideoPipeline', 'find_pipeline', 'load_pipeline']
+           'decode_latents', 'to_numpy', 'to_pil', 'unchanged', 'VersVideoPipelineOutput', 'first_frame',
+           'VideoDenoiser', 'VersVideoPipeline', 'find_pipeline', 'load_pipeline']
 
 # %% ../nbs/12_pipeline.ipynb #12-04
 import inspect
@@ -26,8 +26,22 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+)
 
+from .conditions import extract_condition
+from versvideo.controlnet import (
+    StyleAdapter,
+    VersVideoControlNet,
+    as_pictures,
+    embed_pictures,
+    join_tokens,
+    plan_control,
+)
 from .core import best_device, pick, read_json, repo_path, require_memory
 from .saved import check_loaded, check_saved, quiet_bars
 from .text import encode_text, known_words, unknown_words
@@ -245,9 +259,21 @@ class VersVideoPipelineOutput(BaseOutput):
     videos: torch.Tensor | np.ndarray | list[list[Image.Image]]
 
 # %% ../nbs/12_pipeline.ipynb #12-35
+def first_frame(
+    image,        # As `as_pictures` takes it
+    size: tuple,  # `(t, h, w)` in latents
+    factor: int,  # Pixels a latent pixel stands for
+) -> torch.Tensor:  # `b 4 t h w` in [0, 1]
+    "A picture as the condition \"image\": the first frame, the others empty."
+    t, h, w = size
+    pictures = as_pictures(image, "image", (h * factor, w * factor))
+    return extract_condition("image", pictures[:, :, None].expand(-1, -1, t, -1, -1))
+
+
 class VideoDenoiser(DiffusionPipeline):
     "The components of a text-to-video model and the walk from noise to latents, all `b c t h w`."
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->image_encoder->style_adapter->unet->vae"
+    _optional_components = ["controlnet", "style_adapter", "image_encoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     guidance_scale = property(lambda self: self._guidance_scale)
     do_classifier_free_guidance = property(lambda self: self._guidance_scale > 1)
@@ -256,11 +282,15 @@ class VideoDenoiser(DiffusionPipeline):
 
     def __init__(self, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase,
                  text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
-                 unet: VersVideoUNet, scheduler: KarrasDiffusionSchedulers, words: str = ""):
+                 unet: VersVideoUNet, scheduler: KarrasDiffusionSchedulers,
+                 controlnet: VersVideoControlNet | None = None,
+                 style_adapter: StyleAdapter | None = None,
+                 image_encoder: CLIPVisionModelWithProjection | None = None, words: str = ""):
         super().__init__()
         self.register_to_config(words=words)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-                              scheduler=scheduler)
+                              scheduler=scheduler, controlnet=controlnet,
+                              style_adapter=style_adapter, image_encoder=image_encoder)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
 
@@ -288,22 +318,54 @@ class VideoDenoiser(DiffusionPipeline):
                 .repeat_interleave(num_videos_per_prompt, dim=0) for e in both]
         return rows[0], rows[1] if len(rows) == 2 else None
 
-    def predict_noise(self, latents, t_idx, prompt_embeds, negative_prompt_embeds) -> torch.Tensor:
+    def encode_style(self, style_image, rows) -> torch.Tensor:
+        "Style tokens `b n d` of one picture for all videos, or one for each."
+        if self.style_adapter is None or self.image_encoder is None:
+            raise ValueError("style_image needs a pipeline with a style adapter and an image encoder: "
+                             "train one with nbs/23_train_style.ipynb")
+        pictures = as_pictures(style_image, "style_image")
+        if rows % len(pictures):
+            raise ValueError(f"style_image holds {len(pictures)} pictures for {rows} videos: "
+                             "give one for all or one for each")
+        tokens = self.style_adapter(embed_pictures(self.image_encoder, pictures))
+        return tokens.to(self._execution_device).repeat_interleave(rows // len(pictures), dim=0)
+
+    def predict_noise(self, latents, t_idx, prompt_embeds, negative_prompt_embeds, style=None,
+                      style_scale=1.0, control=None) -> torch.Tensor:
         "The UNet's ε in fp32, guided when `guidance_scale` is above 1."
         x = self.scheduler.scale_model_input(latents, t_idx).to(self.unet.dtype)
-        if not self.do_classifier_free_guidance:
-            return self.unet(x, t_idx, prompt_embeds).sample.float()
-        texts = torch.cat([negative_prompt_embeds, prompt_embeds])
-        negative, positive = self.unet(torch.cat([x, x]), t_idx, texts).sample.float().chunk(2)
+        tokens, weights, twice = prompt_embeds, None, self.do_classifier_free_guidance
+        if twice:
+            x, tokens = torch.cat([x, x]), torch.cat([negative_prompt_embeds, prompt_embeds])
+        if style is not None:
+            strength = torch.full((len(x),), float(style_scale), device=x.device)
+            if twice:
+                strength[:len(style)] = 0   # the negative half has no style
+                style = torch.cat([style, style])
+            tokens, weights = join_tokens(tokens, style, strength)
+        added = {}
+        if control is not None:
+            control = {key: {name: torch.cat([v, v]) if twice else v for name, v in part.items()}
+                       for key, part in control.items()}
+            down, middle = self.controlnet(x, t_idx, tokens, token_weights=weights, **control,
+                                           return_dict=False)
+            added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        eps = self.unet(x, t_idx, tokens, token_weights=weights, **added).sample.float()
+        if not twice:
+            return eps
+        negative, positive = eps.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
-    def denoise(self, latents, step_kwargs, callback, callback_inputs, **embeds) -> torch.Tensor:
+    def denoise(self, latents, step_kwargs, callback, callback_inputs, plan=None, style=None,
+                style_scale=1.0, **embeds) -> torch.Tensor:
         "Walk down the scheduler's timesteps, handing the named tensors to `callback` after each."
         with self.progress_bar(total=self.num_timesteps) as bar:
             for i, t_idx in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
-                eps = self.predict_noise(latents, t_idx, **embeds)
+                control = plan and plan.at(i, self.num_timesteps)
+                eps = self.predict_noise(latents, t_idx, **embeds, style=style,
+                                         style_scale=style_scale, control=control)
                 latents = self.scheduler.step(eps, t_idx, latents, **step_kwargs).prev_sample
                 if callback is not None:
                     tensors = {"latents": latents, **embeds}
@@ -324,9 +386,9 @@ class VersVideoPipeline(VideoDenoiser):
         self,
         prompt: str | list[str] | None = None,               # What to show
         negative_prompt: str | list[str] | None = None,      # What to stay away from, by guidance
-        num_frames: int | None = None,                       # None: as trained; 1 gives images
-        height: int | None = None,                           # Multiple of 8; None: as trained
-        width: int | None = None,                            # Multiple of 8; None: as trained
+        num_frames: int | None = None,                       # None: the conditions', or as trained
+        height: int | None = None,                           # Multiple of 8; None: the same
+        width: int | None = None,                            # Multiple of 8; None: the same
         num_inference_steps: int = 25,                       # Steps from noise to latents
         guidance_scale: float = 4.0,                         # Up to 1: no guidance
         num_videos_per_prompt: int = 1,                      # They follow each other
@@ -340,13 +402,31 @@ class VersVideoPipeline(VideoDenoiser):
         return_dict: bool = True,                            # False gives a tuple
         callback_on_step_end: Callable | None = None,        # f(pipe, i, t_idx, tensors) -> changes
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),  # What the callback gets
+        conditions: dict | None = None,                      # Name to clip `b c t h w` in [0, 1]
+        condition_scales: float | dict = 1.0,                # One, or by name; a number or one a frame
+        control_start: float | dict = 0.0,                   # Share of the steps; one, or by name
+        control_end: float | dict = 1.0,                     # Share of the steps; one, or by name
+        image=None,                                          # First frame: the condition "image"
+        style_image=None,                                    # A picture whose style is wanted
+        style_scale: float = 1.0,                            # How much; 0: not at all
     ) -> VersVideoPipelineOutput | tuple:
         "Generate; ValueError or TypeError for what cannot work, a warning for unknown words."
+        conditions = dict(conditions or {})
+        if (conditions or image is not None) and self.controlnet is None:
+            raise ValueError("conditions and image need a pipeline with a ControlNet: train one "
+                             "with nbs/22_train_controlnet.ipynb")
+        for clip in conditions.values():   # the others are checked against the first
+            if isinstance(clip, torch.Tensor) and clip.ndim == 5:
+                given = (num_frames, height, width)
+                num_frames, height, width = (own if value is None else value for own, value
+                                             in zip(clip.shape[2:], given, strict=True))
+                break
         size = latent_size(num_frames, height, width, self.unet.config.sample_size,
                            self.vae_scale_factor)
         check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=decode_chunk_size,
                      num_videos_per_prompt=num_videos_per_prompt)
-        check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000))
+        check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000),
+                      style_scale=(style_scale, 0, 1000))
         generator = as_generators(generator)
         finish = pick(OUTPUT_TYPES, output_type, "output_type")
         handed = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -357,13 +437,20 @@ class VersVideoPipeline(VideoDenoiser):
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt,
                                                 prompt_embeds, negative_prompt_embeds)
         shape = (len(positive), self.unet.config.in_channels, *size)
+        if image is not None:
+            if "image" in conditions:
+                raise ValueError("both of image and conditions['image'] given: give one of the two")
+            conditions["image"] = first_frame(image, size, self.vae_scale_factor)
+        plan = plan_control(self.controlnet, conditions, condition_scales, control_start,
+                            control_end, shape, self._execution_device) if conditions else None
+        style = None if style_image is None else self.encode_style(style_image, len(positive))
         latents = start_latents(shape, generator, latents, self._execution_device)
         set_timesteps(self.scheduler, num_inference_steps, latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),
-            callback_on_step_end, handed, prompt_embeds=positive,
+            callback_on_step_end, handed, plan, style, style_scale, prompt_embeds=positive,
             negative_prompt_embeds=negative)
         videos = latents if output_type == "latent" else finish(
             decode_latents(self.vae, latents, decode_chunk_size) / 2 + 0.5)

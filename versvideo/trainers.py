@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
-           'require_finite', 'parameter_groups', 'prepare', 'fit', 'run_folder', 'write_run', 'training_scheduler',
-           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae',
-           'load_frozen']
+           'require_finite', 'parameter_groups', 'prepare', 'fit', 'process_group', 'run_folder', 'write_run',
+           'training_scheduler', 'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of',
+           'load_image_vae', 'load_frozen']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import json
+import os
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -220,13 +222,19 @@ def fit(
     return log
 
 # %% ../nbs/14_trainers.ipynb #14-19
+def process_group() -> PartialState:
+    "This process among those that a launcher started (`torchrun`, `accelerate launch`); without a GPU they talk through gloo. The first call decides."
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return PartialState(cpu=several and not torch.cuda.is_available(), timeout=timedelta(hours=2))   # the others wait while one encodes
+
+
 def run_folder(
     out: str,  # Relative to the repository; empty for a temporary folder, in one process
 ) -> Path:
     "The folder of a run, created and known to be writable; its record will name the commit of this moment."
     provenance()
-    if not out and PartialState().num_processes > 1:
-        raise ValueError(f"out={out!r}: {PartialState().num_processes} processes need one folder for all, name it")
+    processes = process_group().num_processes
+    if not out and processes > 1: raise ValueError(f"out={out!r}: {processes} processes need one folder for all, name it")
     folder = writable_folder(repo_path(out) if out else Path(tempfile.mkdtemp(prefix="versvideo-")))
     if not out: print(f"the files of this run are in {folder}")
     return folder
@@ -239,8 +247,8 @@ def write_run(
     rows: list = (),  # The curve, one dict a row; none, no file
 ):
     "Write `config.json` (with provenance), `metrics.json` and `curve.csv`; of several processes, the main one does."
-    if not PartialState().is_main_process: return
-    write_json(folder / "config.json", {**config, "provenance": provenance()})
+    if not process_group().is_main_process: return
+    write_json(folder / "config.json", {**config, "processes": process_group().num_processes, "provenance": provenance()})
     write_json(folder / "metrics.json", metrics)
     if rows: write_csv(folder / "curve.csv", rows)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'EMBEDDED', 'SIZES', 'per_frame', 'ResBlock', 'Layer', 'Downsample', 'Upsample', 'channels_in',
-           'layer_arguments', 'layers_of', 'check_inputs', 'LayeredModel', 'UNetOutput', 'VersVideoUNet', 'Size',
-           'tower', 'count_parameters']
+           'layer_arguments', 'layers_of', 'token_bias', 'check_inputs', 'LayeredModel', 'UNetOutput', 'VersVideoUNet',
+           'Size', 'tower', 'count_parameters']
 
 # %% ../nbs/04_unet.ipynb #04-03
 from dataclasses import dataclass
@@ -63,9 +63,9 @@ class Layer(nn.Module):
         self.res = ResBlock(channels_in, channels, step_dim, norm_groups)
         self.spatial, self.temporal = spatial, temporal
 
-    def forward(self, x, step, text):
+    def forward(self, x, step, text, bias=None):
         x = self.res(x, step)
-        if self.spatial is not None: x = self.spatial(x, text)
+        if self.spatial is not None: x = self.spatial(x, text, bias)
         return x if self.temporal is None else self.temporal(x)
 
 
@@ -122,12 +122,19 @@ def layers_of(levels, inputs) -> nn.ModuleList:
     return nn.ModuleList(nn.ModuleList(Layer(c, **level) for c in channels) for level, channels in zip(levels, inputs, strict=True))
 
 
-def check_inputs(config, sample, timestep, text):
+def token_bias(token_weights, text):
+    "What `token_weights` adds to the logits of the cross-attention; None where every token counts as it does."
+    return None if token_weights is None else token_weights.to(text).log()[:, None, None]
+
+
+def check_inputs(config, sample, timestep, text, token_weights=None):
     "ValueError unless a UNet of this config takes them."
     if sample.ndim != 5 or sample.shape[1] != config.in_channels:
         raise ValueError(f"sample has shape {tuple(sample.shape)}: expected `b c t h w` with c={config.in_channels}; an image has t=1")
     if text.ndim != 3 or len(text) != len(sample) or text.shape[2] != config.cross_attention_dim:
         raise ValueError(f"encoder_hidden_states has shape {tuple(text.shape)}: expected `b n d` with b={len(sample)}, d={config.cross_attention_dim}")
+    if token_weights is not None and token_weights.shape != text.shape[:2]:
+        raise ValueError(f"token_weights has shape {tuple(token_weights.shape)}: one number for each of the tokens is needed, {tuple(text.shape[:2])}")
     entries = torch.as_tensor(timestep).numel()
     if entries not in (1, len(sample)): raise ValueError(f"timestep has {entries} entries for {len(sample)} clips: give one, or one a clip")
 
@@ -139,23 +146,35 @@ class LayeredModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks = ["Layer"]
     gradient_checkpointing = False
 
+    def make_way_down(self):
+        "The parts that the config describes."
+        config = self.config
+        widths, levels = config.block_out_channels, layer_arguments(config)
+        self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down = layers_of(levels, channels_in(widths, config.layers_per_block)[0])
+        self.downsample = nn.ModuleList(Downsample(c) for c in widths[:-1])
+        self.middle = Layer(widths[-1], **levels[-1] | dict(spatial=True, temporal=True))
+        self.middle_out = ResBlock(widths[-1], widths[-1], 4 * widths[0], config.norm_groups)
+
     def embed_step(self, sample, timestep):
         "The diffusion step of each clip as a vector, `b d`."
         step = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         return self.time_embedding(self.time_proj(step).to(sample.dtype))
 
-    def go_down(self, sample, step, text):
-        "From `conv_in` through the middle: the features, and those that the way up will meet."
-        x = per_frame(self.conv_in, sample)
+    def go_down(self, sample, step, text, bias=None, features=0):
+        "From `conv_in`, and `features` added to what it gives, through the middle: the features, and those that the way up will meet."
+        x = per_frame(self.conv_in, sample) + features
         skips = [x]
         for level, layers in enumerate(self.down):
             for layer in layers:
-                x = self._run(layer, x, step, text)
+                x = self._run(layer, x, step, text, bias)
                 skips.append(x)
             if level < len(self.downsample):
                 x = self.downsample[level](x)
                 skips.append(x)
-        return self._run(self.middle_out, self._run(self.middle, x, step, text), step), skips
+        return self._run(self.middle_out, self._run(self.middle, x, step, text, bias), step), skips
 
     def _run(self, module, *args):
         "Call a part, trading memory for a second forward pass when gradient checkpointing is on."
@@ -205,16 +224,9 @@ class VersVideoUNet(LayeredModel):
         temporal_attentions: int = 1,                # Self-attentions of a temporal transformer
     ):
         super().__init__()
-        widths, levels = block_out_channels, layer_arguments(self.config)
-        down, up = channels_in(widths, layers_per_block)
-        self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down = layers_of(levels, down)
-        self.downsample = nn.ModuleList(Downsample(c) for c in widths[:-1])
-        self.middle = Layer(widths[-1], **levels[-1] | dict(spatial=True, temporal=True))
-        self.middle_out = ResBlock(widths[-1], widths[-1], 4 * widths[0], norm_groups)
-        self.up = layers_of(reversed(levels), up)
+        widths = block_out_channels
+        self.make_way_down()
+        self.up = layers_of(reversed(layer_arguments(self.config)), channels_in(widths, layers_per_block)[1])
         self.upsample = nn.ModuleList(Upsample(c) for c in reversed(widths[1:]))
         self.norm_out = nn.GroupNorm(norm_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], in_channels, 3, padding=1)
@@ -227,14 +239,19 @@ class VersVideoUNet(LayeredModel):
         timestep: torch.Tensor | int,         # Diffusion step, one or one a clip
         encoder_hidden_states: torch.Tensor,  # Text tokens, `b n d`
         return_dict: bool = True,             # False gives a tuple
+        token_weights: torch.Tensor | None = None,  # `b n`, how much each token counts: 1 as it does, 0 not at all
+        down_block_additional_residuals: tuple | None = None,      # Added to what the way up meets; a ControlNet's, as diffusers calls them
+        mid_block_additional_residual: torch.Tensor | None = None,  # Added to what comes out of the middle
     ):
         text = encoder_hidden_states
-        check_inputs(self.config, sample, timestep, text)
-        step = self.embed_step(sample, timestep)
-        x, skips = self.go_down(sample, step, text)
+        check_inputs(self.config, sample, timestep, text, token_weights)
+        step, bias = self.embed_step(sample, timestep), token_bias(token_weights, text)
+        x, skips = self.go_down(sample, step, text, bias)
+        if mid_block_additional_residual is not None: x = x + mid_block_additional_residual
+        if down_block_additional_residuals is not None: skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
         for level, layers in enumerate(self.up):
             for layer in layers:
-                x = self._run(layer, torch.cat([x, skips.pop()], dim=1), step, text)
+                x = self._run(layer, torch.cat([x, skips.pop()], dim=1), step, text, bias)
             if level < len(self.upsample):
                 x = self.upsample[level](x, skips[-1].shape[-2:])
         x = per_frame(lambda f: self.conv_out(F.silu(self.norm_out(f))), x)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'video_config', 'translate', 'Report',
-           'load_translated', 'pretrained', 'load_image_unet', 'adapter_config', 'load_motion_adapter', 'load_init']
+           'load_translated', 'pretrained', 'load_image_unet', 'adapter_config', 'load_motion_adapter', 'is_video_unet',
+           'load_video_unet', 'load_init']
 
 # %% ../nbs/05_weights.ipynb #05-03
 import inspect
@@ -190,11 +191,28 @@ def load_motion_adapter(
 HUB = {"sd15": SD15, "sd21": SD21, "adapter": "guoyww/animatediff-motion-adapter-v1-5-2"}
 
 
+def is_video_unet(
+    source: str | Path,  # Folder of a model, or folder or hub id of a pipeline
+) -> bool:
+    "Whether a `VersVideoUNet` is there, by its config."
+    where = {} if (Path(source) / "config.json").exists() else dict(subfolder="unet")
+    try: return VersVideoUNet.load_config(source, **where).get("_class_name") == "VersVideoUNet"
+    except OSError: return False
+
+
+def load_video_unet(
+    unet: VersVideoUNet,                 # Changed in place
+    video: VersVideoUNet | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
+) -> Report:
+    "Load a trained video model of the same widths; where it has one expert and this one several, each of them starts as a copy."
+    return load_translated(unet, pretrained(VersVideoUNet, video, subfolder="unet").state_dict(), {})
+
+
 def load_init(
     unet: VersVideoUNet,  # Changed in place
-    init: str,            # `IMAGE` or `IMAGE+ADAPTER`: each a folder, a hub id or a name in `HUB`
+    init: str,            # `IMAGE`, `IMAGE+ADAPTER` or a trained video model: each a folder, a hub id or a name in `HUB`
 ) -> dict:                # Report of each
     "Load what a training run starts from."
     image, _, adapter = (HUB.get(part, part) for part in init.partition("+"))
-    reports = {image: load_image_unet(unet, image)}
+    reports = {image: (load_video_unet if is_video_unet(image) else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})

@@ -124,13 +124,13 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x, text):
+    def forward(self, x, text, bias=None):
         b, _, t, h, w = x.shape
         n = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
         n = self.proj_in(rearrange(n, "bt c h w -> bt (h w) c"))
         n = n + self.self_attention(self.norm1(n))
         n = rearrange(n, "(b t) l c -> b (t l) c", b=b)
-        n = n + self.cross_attention(self.norm2(n), text)
+        n = n + self.cross_attention(self.norm2(n), text, bias)
         n = rearrange(n, "b (t l) c -> (b t) l c", t=t)
         n = n + self.experts(self.norm3(n))
         return x + rearrange(self.proj_out(n), "(b t) (h w) c -> b c t h w", b=b, h=h)
