@@ -29,7 +29,7 @@ ORDER = [
     {"modules.mec", "modules.moe"},
     {"saved", "text", "drawing", "conditions"},
     {"recogniser"},
-    {"shapes"},
+    {"shapes", "styles"},
     {"data", "metrics"},
     {"unet"},
     {"latents", "vae"},

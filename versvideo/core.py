@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_path', 'pick', 'writable_folder', 'atomic_path', 'write_json', 'read_json', 'write_csv', 'best_device',
-           'free_memory', 'require_memory', 'provenance', 'progress']
+           'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'progress']
 
 # %% ../nbs/00_core.ipynb #00-02
 import contextlib
@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -243,6 +244,17 @@ def provenance() -> dict:  # commit, dirty, date, python, versions, machine
             "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         },
     }
+
+# %% ../nbs/00_core.ipynb #00-31b
+def tensors_digest(
+    tensors: Iterable[torch.Tensor],  # For example `model.state_dict().values()`
+    text: str = "",                   # What else to digest
+) -> str:
+    "SHA-256 of the bytes of tensors: equal for equal values, types and orders."
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #00-35
 def _lines(iterable: Iterable, desc: str, total: int | None, every: int | None) -> Iterator:

@@ -7,7 +7,6 @@ __all__ = ['VAES', 'start_as_identity', 'build_vae', 'autoencoder_loss', 'encode
            'cached_latents']
 
 # %% ../nbs/06_latents.ipynb #06-03
-import hashlib
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import atomic_path, progress
+from .core import atomic_path, progress, tensors_digest
 from .saved import change_config
 from .unet import SIZES
 
@@ -98,10 +97,7 @@ def fit_latent_scale(
 # %% ../nbs/06_latents.ipynb #06-17
 def latents_source(vae, world, clips):
     "A digest of what the latents of a world's first clips depend on: the autoencoder and, by the first two clips, the world."
-    digest = hashlib.sha256(f"{clips} {vae.config.scaling_factor} {vae.config.shift_factor}".encode())
-    for tensor in (*vae.state_dict().values(), world.batch(range(min(clips, 2))).clips):
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_digest((*vae.state_dict().values(), world.batch(range(min(clips, 2))).clips), f"{clips} {vae.config.scaling_factor} {vae.config.shift_factor}")
 
 
 def cached_latents(

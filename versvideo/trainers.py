@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
            'require_finite', 'parameter_groups', 'prepare', 'fit', 'process_group', 'run_folder', 'write_run',
            'training_scheduler', 'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of',
-           'load_image_vae', 'load_frozen']
+           'load_image_vae', 'load_frozen', 'load_trained']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import json
@@ -27,7 +27,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from versvideo.core import (
     progress,
@@ -38,8 +38,9 @@ from versvideo.core import (
     write_csv,
     write_json,
 )
-from .pipeline import WEIGHTS
-from .unet import SIZES
+from .pipeline import WEIGHTS, VersVideoPipeline, load_pipeline
+from .saved import quiet_bars
+from .unet import SIZES, VersVideoUNet
 from .vae import load_vae
 
 # %% ../nbs/14_trainers.ipynb #14-06
@@ -348,3 +349,15 @@ def load_frozen(
         raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}): "
                                 "give their folders as vae= and clip=") from error
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
+
+
+def load_trained(
+    size: str,        # A row of SIZES
+    model: str = "",  # Folder or hub id of a trained pipeline instead of the one of the size
+) -> VersVideoPipeline:
+    "What stage 2 builds on, in fp32; for size smoke a pipeline whose UNet was never trained."
+    if model or size != "smoke": return load_pipeline(model or size, device="cpu")
+    vae, text_encoder, tokenizer = load_frozen(size)
+    unet = VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval()
+    with quiet_bars(): image_encoder = CLIPVisionModelWithProjection.from_pretrained(WEIGHTS / "XS" / "image_encoder", dtype=torch.float32)
+    return VersVideoPipeline(vae, tokenizer, text_encoder, unet, training_scheduler(), image_encoder=image_encoder)
