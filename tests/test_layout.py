@@ -24,10 +24,10 @@ TOP_LEVEL = {
 # Imports go one way: a module may import from the lines above its own, never from its own or below.
 ORDER = [
     {"core"},
+    {"video", "conditions"},
     {"show"},
-    {"video"},
     {"modules.mec", "modules.moe"},
-    {"saved", "text", "drawing", "conditions"},
+    {"saved", "text", "drawing"},
     {"recogniser"},
     {"shapes", "styles"},
     {"data", "metrics"},
@@ -36,7 +36,7 @@ ORDER = [
     {"weights", "plan"},
     {"cost", "controlnet"},
     {"pipeline"},
-    {"trainers"},
+    {"trainers", "edit"},
     {"results"},
 ]
 

@@ -280,6 +280,12 @@ class VideoDenoiser(DiffusionPipeline):
     num_timesteps = property(lambda self: self._num_timesteps)
     interrupt = property(lambda self: self._interrupt)
 
+    @property
+    def trained_size(self) -> tuple:
+        "`(t, h, w)` in frames and pixels that the UNet was trained on."
+        t, h, w = self.unet.config.sample_size
+        return t, h * self.vae_scale_factor, w * self.vae_scale_factor
+
     def __init__(self, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase,
                  text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
                  unet: VersVideoUNet, scheduler: KarrasDiffusionSchedulers,
