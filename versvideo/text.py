@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'CLIP_SIZES', 'split_words', 'build_tokenizer', 'unknown_words', 'known_words', 'tokenize', 'drop_words',
            'ClipSize', 'clip_size', 'build_clip', 'encode_text', 'preprocess_frames', 'embed_text', 'embed_frames',
-           'split_clip', 'clip_loss', 'label_rows', 'clip_objective', 'retrieval_accuracy', 'save_clip', 'load_clip']
+           'split_clip', 'join_clip', 'clip_loss', 'label_rows', 'clip_objective', 'retrieval_accuracy', 'save_clip',
+           'load_clip']
 
 # %% ../nbs/16_text.ipynb #16-04
 from collections.abc import Iterable
@@ -235,6 +236,18 @@ def split_clip(
         tower.load_state_dict({k: v for k, v in weights.items() if k.split(".")[0] in names})
         towers.append(tower.to(clip.device).eval())
     return tuple(towers)
+
+
+def join_clip(
+    text_encoder: CLIPTextModelWithProjection,
+    image_encoder: CLIPVisionModelWithProjection,
+) -> CLIPModel:
+    "Both towers as one model, to train on; the scale of the similarities starts anew."
+    text, vision = text_encoder.config, image_encoder.config
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim))
+    lost = clip.load_state_dict({**text_encoder.state_dict(), **image_encoder.state_dict()}, strict=False)
+    if lost.missing_keys != ["logit_scale"] or lost.unexpected_keys: raise ValueError(f"these towers do not make a CLIP: {lost}")
+    return clip
 
 # %% ../nbs/16_text.ipynb #16-45
 def clip_loss(
