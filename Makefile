@@ -8,6 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 RUN := $(BIN)/python tests/run_notebook.py
+TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 --no_python $(RUN)
 
 # Only a prompt given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
 ifneq ($(origin PROMPT),command line)
@@ -46,20 +47,22 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs
 
 # Each run leaves its checkpoints in its folder and continues from them, so that make results can be
-# stopped and started again; they go when all is done. The trained pipeline becomes the one that the
+# stopped and started again; they go when all is done. What was trained becomes the pipeline that the
 # package ships.
 results: $(INSTALLED)
-	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
+	$(TWO) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
 	    size=XS out=results/21_train_vae-XS-s0
 	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-XS-s0.ipynb \
 	    size=XS out=results/24_train_clip-XS-s0
+	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-vision-XS-s0.ipynb \
+	    size=XS stage=vision model=results/24_train_clip-XS-s0/weights out=results/24_train_clip-vision-XS-s0
 	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm-XS-s0.ipynb \
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
-	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
+	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
-	    vae=results/21_train_vae-tcm-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights \
-	    results/24_train_clip-XS-s0/weights results/21_train_vae-XS-s0/weights
+	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
+	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights results/21_train_vae-tcm-XS-s0/weights \
+	    results/21_train_vae-XS-s0/weights results/24_train_clip-vision-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS

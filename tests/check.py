@@ -1,4 +1,4 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship PIPELINE CLIP IMAGE_VAE`.
+"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship` (see there).
 
 None of them changes a file of the working tree, except `ship`, which is there to do that.
 """
@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 
-from versvideo.core import atomic_path
-from versvideo.saved import cast_weights
+from versvideo.core import atomic_path, read_json, tensors_digest
+from versvideo.pipeline import load_pipeline
+from versvideo.saved import cast_weights, save_pipeline
+from versvideo.text import load_clip
+from versvideo.vae import load_vae
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -116,23 +119,45 @@ def runs() -> None:
 
         for run, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
             print(*(run[0].name, *run[1:]), f"{seconds:.0f} s", flush=True)
+        written = Path(folder) / "two.ipynb"
+        call(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "--no_python", sys.executable,
+             REPO / "tests/run_notebook.py", "nbs/20_train_unet.ipynb", written,
+             f"out={folder}/two", cwd=REPO, OMP_NUM_THREADS="1")
+        assert written.exists() and read_json(f"{folder}/two/config.json")["processes"] == 2
+        print("20_train_unet.ipynb by two processes", flush=True)
 
 
-def ship(pipeline: str, clip: str, image_vae: str) -> None:
-    """Make a trained pipeline the one that the package holds, with two models beside it.
+def ship(unet: str, vae: str, image_vae: str, clip: str, control: str = "", style: str = "") -> None:
+    """Put what was trained together as the pipeline that the package holds.
 
-    The vision tower of its CLIP, and the image autoencoder that its decoder was built around.
+    UNET, CONTROL and STYLE are folders of pipelines, of which one part is taken; CLIP holds both
+    towers. IMAGE_VAE, the autoencoder that the decoder of VAE was built around, lies beside.
     """
     shipped = REPO / "versvideo/weights/XS"
-    with atomic_path(shipped) as temp:
-        shutil.copytree(REPO / pipeline, temp)
-        shutil.copytree(REPO / clip / "image_encoder", temp / "image_encoder")
-        cast_weights(temp / "image_encoder/model.safetensors", torch.float16)
-        shutil.copytree(REPO / image_vae, temp / "image_vae")
-        cast_weights(temp / "image_vae/diffusion_pytorch_model.safetensors", torch.float16)
-        if (shipped / "README.md").exists():
-            shutil.copy2(shipped / "README.md", temp)
-    print(f"{pipeline}, {clip}/image_encoder, {image_vae} -> {shipped.relative_to(REPO)}")
+
+    def part(folder, name):
+        return getattr(load_pipeline(folder, device="cpu"), name) if folder else None
+
+    text_encoder, image_encoder, tokenizer = load_clip(REPO / clip)
+    pipe = load_pipeline(unet, device="cpu")
+    assert same(pipe.text_encoder, text_encoder), f"{unet} was trained on another text encoder"
+    decoder, encoder = load_vae(REPO / vae), load_vae(REPO / image_vae)
+    assert same(decoder.encoder, encoder.encoder), f"{vae} has another encoder than {image_vae}"
+    assert same(decoder.encoder, pipe.vae.encoder), f"{unet} was trained on another encoder"
+    pipe.register_modules(vae=decoder, image_encoder=image_encoder, tokenizer=tokenizer,
+                          controlnet=part(control, "controlnet"),
+                          style_adapter=part(style, "style_adapter"))
+    save_pipeline(pipe, shipped)
+    with atomic_path(shipped / "image_vae") as temp:
+        shutil.copytree(REPO / image_vae, temp)
+        cast_weights(temp / "diffusion_pytorch_model.safetensors", torch.float16)
+    print(f"{unet} -> {shipped.relative_to(REPO)}")
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    "Whether two models have equal weights, as half floats."
+    first, second = (tensors_digest(t.half() for t in m.state_dict().values()) for m in (one, other))
+    return first == second
 
 
 if __name__ == "__main__":

@@ -228,6 +228,11 @@ def test_a_pipeline_with_control_is_saved_and_loaded(pipe, tmp_path):
      ValueError, "names 'image'"),
     (dict(conditions={"canny": torch.rand(1, 1, 4, 32, 32)}, condition_scales=[1, 2]), ValueError,
      "one for each of the 4 frames"),
+    (dict(conditions={"canny": torch.rand(1, 1, 4, 32, 32)}, condition_scales=None), ValueError,
+     "scale of 'canny' is None"),
+    (dict(conditions=["canny"]), TypeError, "give a dict"),
+    (dict(condition_scales={"canny": 0.5}), ValueError, "give conditions"),
+    (dict(style_scale=0.5), ValueError, "give style_image"),
     (dict(conditions={"canny": torch.rand(1, 1, 4, 32, 32)}, control_start=0.8, control_end=0.2),
      ValueError, "start < end"),
     (dict(style_image="painting.png"), TypeError, "style_image holds a str"),
@@ -279,7 +284,17 @@ def test_videos_of_every_kind_and_bad_ones(pipe, tmp_path):
     assert frames == {"fast.mp4": 4, "narrow.gif": 4, "one.mp4": 1, "sound.mp4": 4}
     assert list(done.bad) == ["cut.mp4"] and any("cut.mp4" in str(w.message) for w in said)
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"sound.mp4", "sound-beside.mp4", "sound.jpg"} <= made and "cut.mp4" not in made
+    assert {"sound-edit.mp4", "sound-edit-beside.mp4", "sound-edit.jpg"} <= made
+    assert not [name for name in made if name.startswith("cut")]
+
+
+def test_a_users_video_is_never_written_over(pipe, tmp_path):
+    source = write_video(torch.randint(256, (3, 4, 32, 32), dtype=torch.uint8), tmp_path / "my.mp4")
+    before = source.read_bytes()
+    edit_files(pipe, source, "a red circle", tmp_path, (4, 32, 32), conditions="canny", **FEW)
+    assert source.read_bytes() == before and (tmp_path / "my-edit.mp4").exists()
+    with pytest.raises(ValueError, match="give another folder"):
+        edit_files(pipe, tmp_path, "a red circle", tmp_path, (4, 32, 32), **FEW)
 
 
 def test_a_file_without_video(pipe, tmp_path):

@@ -9,6 +9,7 @@ __all__ = ['ConditionAdapter', 'as_weights', 'share_out', 'zero_convolution', 'V
 # %% ../nbs/07_control.ipynb #07-03
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import nn
 from .core import pick
 from .saved import change_config
 from .text import embed_frames
-from .unet import LayeredModel, VersVideoUNet, check_inputs, per_frame, token_bias
-from .video import cover
+from .unet import LayeredModel, VersVideoUNet, check_inputs, per_frame, skip_channels, token_bias
+from .video import cover, picture_tensor
 from .weights import load_translated
 
 # %% ../nbs/07_control.ipynb #07-06
@@ -36,15 +37,17 @@ class ConditionAdapter(nn.Module):
 
 # %% ../nbs/07_control.ipynb #07-09
 def as_weights(
-    scale: float | Sequence | torch.Tensor,  # One number, one a frame, or `b t`
+    scale: float | Sequence | torch.Tensor,  # One number, one a frame, or `n t` with n a divisor of b
     name: str,                               # Of the condition, for the message
     b: int, t: int,
     device: torch.device | None = None,
 ) -> torch.Tensor:                           # `b t`
-    "The strength of a condition on each frame; ValueError for another shape or a negative number."
-    weights = torch.as_tensor(scale, dtype=torch.float32, device=device)
-    if weights.shape not in ((), (t,), (b, t), (b, 1)) or not (weights >= 0).all():
+    "The strength of a condition on each frame; ValueError for another shape, or for what is no number from 0 on."
+    try: weights = torch.as_tensor(scale, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError): weights = None
+    if weights is None or weights.ndim > 2 or weights.shape[-1:] not in ((), (1,), (t,)) or (weights.ndim == 2 and (len(weights) == 0 or b % len(weights))) or not (weights.isfinite() & (weights >= 0)).all():
         raise ValueError(f"the scale of {name!r} is {scale!r}: give one number from 0 on, or one for each of the {t} frames")
+    if weights.ndim == 2: weights = weights.repeat_interleave(b // len(weights), dim=0)
     return weights.expand(b, t)
 
 
@@ -84,10 +87,8 @@ class VersVideoControlNet(LayeredModel):
         if not conditions: raise ValueError("conditions is empty: name at least one and its channels, for example {'canny': 1}")
         self.make_way_down()
         self.adapters = nn.ModuleDict({name: self.new_adapter(channels) for name, channels in conditions.items()})
-        widths = block_out_channels
-        skips = [widths[0], *(c for c in widths for _ in range(layers_per_block + 1))][:-1]
-        self.zero_down = nn.ModuleList(map(zero_convolution, skips))
-        self.zero_middle = zero_convolution(widths[-1])
+        self.zero_down = nn.ModuleList(map(zero_convolution, skip_channels(block_out_channels, layers_per_block)))
+        self.zero_middle = zero_convolution(block_out_channels[-1])
 
     @classmethod
     def from_unet(
@@ -102,13 +103,16 @@ class VersVideoControlNet(LayeredModel):
         control = cls(conditions=conditions, adapter_channels=adapter_channels, **own | (dict(experts=experts) if experts else {}))
         mine = control.state_dict()
         load_translated(control, {name: p for name, p in unet.state_dict().items() if name in mine}, {})
-        return control.to(unet.device, unet.dtype)
+        return (control if control.dtype == unet.dtype else control.to(unet.dtype)).to(unet.device).train(unet.training)
 
     def new_adapter(self, channels):
         return ConditionAdapter(channels, self.config.block_out_channels[0], tuple(self.config.adapter_channels))
 
     def add_condition(self, name: str, channels: int):
-        "A new adapter, at zero effect; everything else stays as it is. ValueError for a name that is there."
+        """A new adapter, whose features are zero until it learns; everything else stays as it is. ValueError for a name that is there.
+
+        Beside another condition of at least the same strength it therefore changes nothing. Alone, it calls a trained network on no features, and that adds something.
+        """
         if name in self.adapters: raise ValueError(f"there is an adapter for {name!r} already: choose another name")
         self.adapters[name] = self.new_adapter(channels).to(self.device, self.dtype)
         change_config(self, conditions=dict(self.config.conditions) | {name: channels})
@@ -177,15 +181,15 @@ def join_tokens(
 
 # %% ../nbs/07_control.ipynb #07-29
 def as_pictures(
-    image,      # PIL images, arrays `h w 3`, tensors `3 h w` (uint8 or float in [0, 1]), one or a list of them, or `b 3 h w`
+    image,      # PIL images, arrays `h w 3`, tensors `3 h w` (uint8 or float in [0, 1]); one, a list, or as `b …`
     name: str,  # Of the argument
     size: tuple | None = None,  # Height and width to cover; None: as they are, all alike
 ) -> torch.Tensor:              # uint8, `b 3 h w`
     "Pictures as one tensor; TypeError or ValueError for what is none."
-    several = isinstance(image, (list, tuple)) or (isinstance(image, torch.Tensor) and image.ndim == 4)
+    several = isinstance(image, (list, tuple)) or (isinstance(image, (torch.Tensor, np.ndarray)) and image.ndim == 4)
     pictures = []
     for one in image if several else [image]:
-        if isinstance(one, Image.Image): one = np.array(one.convert("RGB"))
+        if isinstance(one, Image.Image): one = picture_tensor(one)
         if isinstance(one, np.ndarray) and one.ndim == 3: one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
         if not isinstance(one, torch.Tensor): raise TypeError(f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`")
         if one.ndim != 3 or one.shape[0] != 3: raise ValueError(f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`")
@@ -210,6 +214,11 @@ class ControlPlan:
     start: dict       # Name to the share of the steps after which it counts
     end: dict         # Name to the share of the steps after which it counts no more
 
+    def idle(self, steps: int) -> list:
+        "Names of the conditions that count at no step, although they have a strength."
+        used = {name for i in range(steps) for name in (self.at(i, steps) or {"scales": ()})["scales"]}
+        return [name for name in self.conditions if name not in used and self.scales[name].any()]
+
     def at(self, step: int, steps: int) -> dict | None:
         "What the ControlNet is called with at a step; None where nothing counts."
         now = [n for n in self.conditions if self.start[n] <= step / steps and (step + 1) / steps <= self.end[n] and self.scales[n].any()]
@@ -227,6 +236,7 @@ def plan_control(
 ) -> ControlPlan:
     "Check what a user gave for every condition; ValueError naming the condition and the remedy."
     b, t = shape[0], shape[2]
+    if not isinstance(conditions, dict): raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and clips")
     given = {}
     for what, value, default in (("condition_scales", scales, 1.), ("control_start", start, 0.), ("control_end", end, 1.)):
         for name in value if isinstance(value, dict) else ():
@@ -237,11 +247,12 @@ def plan_control(
         pick(control.config.conditions, name, "condition")
         if not isinstance(clip, torch.Tensor) or clip.ndim != 5: raise ValueError(f"condition {name!r} is {getattr(clip, 'shape', type(clip).__name__)}: give a tensor `b c t h w`, as extract_condition makes it")
         clip = clip.to(device, torch.float32)
+        if clip.numel() == 0: raise ValueError(f"condition {name!r} has shape {tuple(clip.shape)}: give at least one clip of one frame")
         if not (clip.min() >= 0 and clip.max() <= 1): raise ValueError(f"condition {name!r} has values from {clip.min():.3g} to {clip.max():.3g}: give [0, 1], as extract_condition makes it")
         if b % len(clip): raise ValueError(f"condition {name!r} has {len(clip)} clips for {b} videos: give one for all or one for each")
         clips[name] = clip.repeat_interleave(b // len(clip), dim=0)
         first, last = given["control_start"][name], given["control_end"][name]
-        if not 0 <= first < last <= 1: raise ValueError(f"control_start={first}, control_end={last} of {name!r}: give shares of the steps, 0 <= start < end <= 1")
+        if not all(isinstance(x, Real) for x in (first, last)) or not 0 <= first < last <= 1: raise ValueError(f"control_start={first}, control_end={last} of {name!r}: give shares of the steps, 0 <= start < end <= 1")
     control.check_conditions(clips, shape)
     weights = {name: as_weights(given["condition_scales"][name], name, b, t, device) for name in clips}
     return ControlPlan(clips, weights, given["control_start"], given["control_end"])

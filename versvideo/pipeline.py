@@ -381,6 +381,8 @@ class VideoDenoiser(DiffusionPipeline):
                     latents = tensors.pop("latents")
                     embeds = tensors
                 bar.update()
+        if getattr(self, "final_offload_hook", None) is not None and self.controlnet is not None:
+            self.controlnet.to("cpu")   # no other model's turn moves it away before decoding
         return latents
 
 # %% ../nbs/12_pipeline.ipynb #12-40
@@ -417,8 +419,19 @@ class VersVideoPipeline(VideoDenoiser):
         style_scale: float = 1.0,                            # How much; 0: not at all
     ) -> VersVideoPipelineOutput | tuple:
         "Generate; ValueError or TypeError for what cannot work, a warning for unknown words."
-        conditions = dict(conditions or {})
-        if (conditions or image is not None) and self.controlnet is None:
+        if not isinstance(conditions or {}, dict):
+            raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and "
+                            "clips")
+        conditions, controlled = dict(conditions or {}), bool(conditions) or image is not None
+        for name, value, default, missing in (
+                ("condition_scales", condition_scales, 1.0, not controlled),
+                ("control_start", control_start, 0.0, not controlled),
+                ("control_end", control_end, 1.0, not controlled),
+                ("style_scale", style_scale, 1.0, style_image is None)):
+            if missing and value != default:
+                raise ValueError(f"{name}={value!r} has nothing to count for: give "
+                                 f"{'style_image' if name == 'style_scale' else 'conditions'}")
+        if controlled and self.controlnet is None:
             raise ValueError("conditions and image need a pipeline with a ControlNet: train one "
                              "with nbs/22_train_controlnet.ipynb")
         for clip in conditions.values():   # the others are checked against the first
@@ -450,6 +463,9 @@ class VersVideoPipeline(VideoDenoiser):
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start,
                             control_end, shape, self._execution_device) if conditions else None
         style = None if style_image is None else self.encode_style(style_image, len(positive))
+        for name in plan.idle(num_inference_steps) if plan else ():
+            warnings.warn(f"condition {name!r} counts at none of {num_inference_steps} steps: move "
+                          "control_start or control_end, or take more steps", stacklevel=2)
         latents = start_latents(shape, generator, latents, self._execution_device)
         set_timesteps(self.scheduler, num_inference_steps, latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)

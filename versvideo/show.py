@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .conditions import extract_condition
 from .core import atomic_path
-from .video import cover, read_picture, read_video, to_uint8, write_video
+from .video import read_clip, read_picture, to_uint8, write_video
 
 # %% ../nbs/01_show.ipynb #01-09
 GAP = 4  # Pixels between frames and around rows
@@ -210,42 +210,41 @@ class Explorer:
         self.seed, self.steps = w.IntText(value=0, description="seed", **text), w.IntSlider(value=25, min=1, max=100, description="steps", **text)
         self.guidance = slide(4.0, 15, "guidance")
         self.video = w.FileUpload(accept="video/*,.gif", description="video")
-        self.conditions = w.SelectMultiple(options=trained, value=trained[:0], description="conditions", rows=max(1, len(trained)), **text)
-        self.strength, self.picture = slide(1.0, 2, "strength"), w.FileUpload(accept="image/*", description="style picture")
+        self.conditions = {name: slide(0.0, 2, name) for name in trained}
+        self.picture = w.FileUpload(accept="image/*", description="style picture")
         self.style = slide(1.0, 2, "of the style")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
         self.said, self.player = w.HTML(), w.Image(format="gif", layout=w.Layout(width="256px"))
         self.button.on_click(self.draw)
-        controls = [w.HBox([self.video, self.conditions, self.strength])] * bool(trained)
+        controls = [w.HBox([self.video, w.VBox(list(self.conditions.values()))])] * bool(trained)
         controls += [w.HBox([self.picture, self.style])] * (pipe.style_adapter is not None)
         self.panel = w.VBox([self.prompt, w.HBox([self.seed, self.steps, self.guidance]), *controls, self.button, self.bar, self.said, self.player])
 
     def given(self) -> dict:
         "What the widgets say, as arguments of the pipeline."
-        arguments, size = {}, self.pipe.trained_size
+        arguments, scales = {}, {name: slider.value for name, slider in self.conditions.items() if slider.value}
         with tempfile.TemporaryDirectory() as folder:
             def stored(upload):
                 path = Path(folder) / Path(upload.value[0]["name"]).name
                 path.write_bytes(bytes(upload.value[0]["content"]))
                 return path
-            if self.conditions.value:
+            if scales:
                 if not self.video.value: raise ValueError("conditions are chosen but no video: give one to take them from")
-                clip = cover(read_video(stored(self.video), frames=size[0], fps=8), size[1:])[None]
-                arguments["conditions"] = {name: extract_condition(name, clip) for name in self.conditions.value}
-                arguments["condition_scales"] = self.strength.value
+                clip = read_clip(stored(self.video), self.pipe.trained_size)[None]
+                arguments |= dict(conditions={name: extract_condition(name, clip) for name in scales}, condition_scales=scales)
             if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value)
         return arguments
 
     def draw(self, _=None):
         "Generate and play; an error becomes a line of text."
-        self.said.value, self.bar.value, self.bar.max = "", 0, self.steps.value
+        self.said.value, self.bar.value = "", 0
         def count(pipe, i, t_idx, tensors):
-            self.bar.value = i + 1
+            self.bar.max, self.bar.value = pipe.num_timesteps, i + 1
             return {}
         try:
             videos = self.pipe(self.prompt.value, num_inference_steps=self.steps.value, guidance_scale=self.guidance.value, callback_on_step_end=count,
                                generator=torch.Generator().manual_seed(self.seed.value), **self.given()).videos
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:   # out of memory is among the last
             self.said.value = f"<b>{html.escape(str(error))}</b>"
             return
         self.result = videos[0].cpu() * 2 - 1

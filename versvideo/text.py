@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'CLIP_SIZES', 'split_words', 'build_tokenizer', 'unknown_words', 'known_words', 'tokenize', 'drop_words',
-           'ClipSize', 'clip_size', 'build_clip', 'encode_text', 'preprocess_frames', 'embed_text', 'embed_frames',
-           'split_clip', 'join_clip', 'clip_loss', 'label_rows', 'clip_objective', 'retrieval_accuracy', 'save_clip',
-           'load_clip']
+           'ClipSize', 'clip_size', 'build_clip', 'where', 'encode_text', 'preprocess_frames', 'embed_text',
+           'embed_frames', 'split_clip', 'join_clip', 'clip_loss', 'label_rows', 'clip_objective', 'retrieval_accuracy',
+           'save_clip', 'load_clip']
 
 # %% ../nbs/16_text.ipynb #16-04
 from collections.abc import Iterable
@@ -167,6 +167,12 @@ def build_clip(
                                 projection_dim=s.projection))
 
 # %% ../nbs/16_text.ipynb #16-31
+def where(model) -> torch.device:
+    "The device a model computes on; that of its weights, unless it is offloaded."
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    return next((torch.device(h.execution_device) for h in hooks if getattr(h, "execution_device", None) is not None), model.device)
+
+
 @torch.no_grad()
 def encode_text(
     text_encoder,  # CLIPTextModel, with or without projection; frozen
@@ -174,7 +180,7 @@ def encode_text(
     prompts: str | list[str],  # One prompt or several
 ) -> torch.Tensor:  # `b n d`, on the encoder's device
     "Tokens that condition the UNet: the last layer after its norm, padding included, no mask."
-    ids = tokenize(tokenizer, prompts).to(text_encoder.device)
+    ids = tokenize(tokenizer, prompts).to(where(text_encoder))
     return text_encoder(input_ids=ids).last_hidden_state
 
 # %% ../nbs/16_text.ipynb #16-36
@@ -206,7 +212,7 @@ def embed_text(
     prompts: str | list[str],  # One text or several
 ) -> torch.Tensor:  # `b d`, of length 1
     "One unit vector a text."
-    ids = tokenize(tokenizer, prompts).to(text_encoder.device)
+    ids = tokenize(tokenizer, prompts).to(where(text_encoder))
     return F.normalize(text_encoder(input_ids=ids).text_embeds, dim=-1)
 
 
@@ -216,7 +222,7 @@ def embed_frames(
     clips: torch.Tensor,  # `b 3 t h w`, uint8 or float in [-1, 1]
 ) -> torch.Tensor:  # `b t d`, of length 1
     "One unit vector a frame."
-    pixels = preprocess_frames(clips, image_encoder.config.image_size).to(image_encoder.device)
+    pixels = preprocess_frames(clips, image_encoder.config.image_size).to(where(image_encoder))
     frames = image_encoder(pixel_values=rearrange(pixels, "b c t h w -> (b t) c h w"))
     return rearrange(F.normalize(frames.image_embeds, dim=-1), "(b t) d -> b t d", b=len(clips))
 

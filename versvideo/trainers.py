@@ -354,10 +354,15 @@ def load_frozen(
 def load_trained(
     size: str,        # A row of SIZES
     model: str = "",  # Folder or hub id of a trained pipeline instead of the one of the size
+    image_encoder: str = "",  # Folder or hub id of CLIP's vision tower, where that pipeline has none or another is wanted
 ) -> VersVideoPipeline:
-    "What stage 2 builds on, in fp32; for size smoke a pipeline whose UNet was never trained."
-    if model or size != "smoke": return load_pipeline(model or size, device="cpu")
-    vae, text_encoder, tokenizer = load_frozen(size)
-    unet = VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval()
-    with quiet_bars(): image_encoder = CLIPVisionModelWithProjection.from_pretrained(WEIGHTS / "XS" / "image_encoder", dtype=torch.float32)
-    return VersVideoPipeline(vae, tokenizer, text_encoder, unet, training_scheduler(), image_encoder=image_encoder)
+    "What stage 2 builds on, in fp32, with the noise schedule of training; for size smoke a pipeline whose UNet was never trained."
+    if model or size != "smoke": pipe = load_pipeline(model or size, device="cpu")
+    else:
+        vae, text_encoder, tokenizer = load_frozen(size)
+        pipe = VersVideoPipeline(vae, tokenizer, text_encoder, VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval(), training_scheduler())
+    pipe.register_modules(scheduler=training_scheduler())   # whatever it was saved to sample with
+    if image_encoder or (pipe.image_encoder is None and isinstance(base_of(size), Path)):
+        with quiet_bars(): tower = CLIPVisionModelWithProjection.from_pretrained(image_encoder or base_of(size) / "image_encoder", dtype=torch.float32, use_safetensors=True)
+        pipe.register_modules(image_encoder=tower.eval())
+    return pipe
