@@ -343,7 +343,7 @@ def load_frozen(
         image_vae = load_vae(repo_path(vae)) if vae else load_vae(base, subfolder="vae")
         kind = (CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures or ["CLIPTextModel"])[0]
         text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
-        text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
+        with quiet_bars(): text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
     except OSError as error:
         raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}): "
