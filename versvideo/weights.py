@@ -204,8 +204,13 @@ def load_video_unet(
     unet: VersVideoUNet,                 # Changed in place
     video: VersVideoUNet | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
 ) -> Report:
-    "Load a trained video model of the same widths; where it has one expert and this one several, each of them starts as a copy."
-    return load_translated(unet, pretrained(VersVideoUNet, video, subfolder="unet").state_dict(), {})
+    "Load a trained video model of the same widths, ValueError for others; where it has one expert and this one several, each of them starts as a copy."
+    video = pretrained(VersVideoUNet, video, subfolder="unet")
+    plain = lambda value: list(value) if isinstance(value, (list, tuple)) else value
+    for name in ("in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels", "temporal_attentions", "head_dim", "cross_attention_dim"):
+        if plain(video.config[name]) != plain(unet.config[name]):
+            raise ValueError(f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: choose the size that it was trained at")
+    return load_translated(unet, video.state_dict(), {})
 
 
 def load_init(
