@@ -36,7 +36,7 @@ ORDER = [
     {"weights", "plan"},
     {"cost", "controlnet"},
     {"pipeline"},
-    {"trainers", "edit"},
+    {"trainers", "edit", "features", "scores"},
     {"results"},
 ]
 

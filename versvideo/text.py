@@ -187,7 +187,8 @@ def encode_text(
 def preprocess_frames(
     clips: torch.Tensor,  # `b 3 t h w`, uint8 in [0, 255] or float in [-1, 1]
     image: int,  # Edge of the square the vision tower sees
-) -> torch.Tensor:  # `b 3 t image image`, float32, (x - 0.5) / 0.5 for x in [0, 1]
+    normal: tuple | None = None,  # Mean and deviation of each channel of what it learned from, in [0, 1]; None: 0.5 and 0.5, as ours
+) -> torch.Tensor:  # `b 3 t image image`, float32, (x - mean) / deviation for x in [0, 1]
     "Resize the shorter edge, cut the centre, normalise. ValueError or TypeError for other tensors."
     if clips.ndim != 5 or clips.shape[1] != 3:
         raise ValueError(f"clips has shape {tuple(clips.shape)}: give `b 3 t h w`")
@@ -202,6 +203,9 @@ def preprocess_frames(
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (x.shape[2] - image) // 2, (x.shape[3] - image) // 2
     x = x[:, :, top:top + image, left:left + image]
+    if normal:
+        mean, deviation = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in normal)
+        x = (x / 2 + 0.5 - mean) / deviation
     return rearrange(x, "(b t) c h w -> b c t h w", b=b)
 
 # %% ../nbs/16_text.ipynb #16-40
@@ -220,9 +224,10 @@ def embed_text(
 def embed_frames(
     image_encoder: CLIPVisionModelWithProjection,  # Vision tower
     clips: torch.Tensor,  # `b 3 t h w`, uint8 or float in [-1, 1]
+    normal: tuple | None = None,  # Of `preprocess_frames`
 ) -> torch.Tensor:  # `b t d`, of length 1
     "One unit vector a frame."
-    pixels = preprocess_frames(clips, image_encoder.config.image_size).to(where(image_encoder))
+    pixels = preprocess_frames(clips, image_encoder.config.image_size, normal).to(where(image_encoder))
     frames = image_encoder(pixel_values=rearrange(pixels, "b c t h w -> (b t) c h w"))
     return rearrange(F.normalize(frames.image_embeds, dim=-1), "(b t) d -> b t d", b=len(clips))
 

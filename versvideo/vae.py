@@ -6,10 +6,9 @@
 __all__ = ['TemporalCompensation', 'RefinementUNet', 'windows', 'in_windows', 'ramp', 'in_tiles', 'with_arguments_of',
            'check_blocks', 'to_clips', 'to_frames', 'as_clips', 'encode_features', 'compensated_level',
            'decode_features', 'TCMVAE', 'load_vae', 'TemporalDiscriminator', 'judge', 'hinge_loss', 'adaptive_weight',
-           'ClipDistance', 'LpipsDistance', 'perceptual_distance', 'DecoderAndCritic', 'DecoderLoss']
+           'DecoderAndCritic', 'DecoderLoss']
 
 # %% ../nbs/06_vae.ipynb #06-03
-import importlib.util
 import inspect
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,11 +23,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
 
 from .modules.mec import MultiExcitationConv
 from .saved import plain_config
-from .text import preprocess_frames
 from .unet import per_frame
 
 # %% ../nbs/06_vae.ipynb #06-11
@@ -318,52 +315,6 @@ def adaptive_weight(reconstruction, adversarial, weight) -> torch.Tensor:
     "How much larger the gradient of the first loss is than that of the second at `weight`, the last layer; at most 10⁴ (VQ-GAN, equation 7)."
     of = lambda loss: torch.autograd.grad(loss, weight, retain_graph=True)[0].norm()
     return (of(reconstruction) / (of(adversarial) + 1e-4)).clamp(max=1e4).detach()
-
-# %% ../nbs/06_vae.ipynb #06-61
-class ClipDistance(nn.Module):
-    "Mean squared distance of two sets of frames in the layers of a CLIP vision tower, where each token has length 1."
-    name = "embedded CLIP vision tower"
-
-    def __init__(self, tower: CLIPVisionModelWithProjection):
-        super().__init__()
-        self.tower = tower.eval().requires_grad_(False)
-
-    def layers(self, frames):
-        pixels = preprocess_frames(frames[:, :, None], self.tower.config.image_size)[:, :, 0]
-        hidden = self.tower(pixel_values=pixels.to(self.tower.dtype), output_hidden_states=True).hidden_states
-        return [F.normalize(h.float(), dim=-1) for h in hidden[1:]]
-
-    def forward(self, x, y):
-        return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.layers(x), self.layers(y), strict=True)]).mean()
-
-
-class LpipsDistance(nn.Module):
-    "LPIPS of two sets of frames, mean over frames; FileNotFoundError where the weights of its network are not on this machine."
-    name = "LPIPS, VGG"
-    file = "vgg16-397923af.pth"
-
-    def __init__(self):
-        super().__init__()
-        home = Path(torch.hub.get_dir()) / "checkpoints" / self.file
-        if not home.exists():
-            raise FileNotFoundError(f"LPIPS needs {home}: fetch https://download.pytorch.org/models/{self.file}, or choose perceptual='clip'")
-        try: import lpips
-        except ImportError as error: raise ImportError("LPIPS needs its package: pip install lpips, or choose perceptual='clip'") from error
-        self.net = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-
-    def forward(self, x, y): return self.net(x, y).mean()
-
-
-def perceptual_distance(
-    kind: str,              # lpips | clip | auto: LPIPS where its weights are on this machine
-    tower=None,             # The CLIP vision tower of "clip"
-) -> nn.Module:             # Of frames `n 3 h w` in [-1, 1]; its `name` belongs in the record
-    "The perceptual term of equation (9)."
-    if kind not in ("lpips", "clip", "auto"): raise ValueError(f"perceptual={kind!r}: choose lpips, clip or auto")
-    there = importlib.util.find_spec("lpips") and (Path(torch.hub.get_dir()) / "checkpoints" / LpipsDistance.file).exists()
-    if kind == "lpips" or kind == "auto" and there: return LpipsDistance()
-    if tower is None: raise ValueError(f"perceptual={kind!r} needs a CLIP vision tower")
-    return ClipDistance(tower)
 
 # %% ../nbs/06_vae.ipynb #06-71
 class DecoderAndCritic(nn.Module):
