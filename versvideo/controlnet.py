@@ -134,11 +134,18 @@ class VersVideoControlNet(LayeredModel):
         weights = {name: as_weights((scales or {}).get(name, 1.0), name, b, t, sample.device) for name in conditions}
         gain, shares = share_out(weights)
         spread = lambda w: w.to(sample.dtype)[:, None, :, None, None]
-        features = sum(spread(shares[name]) * self._run(self.adapters[name], clip.to(sample)) for name, clip in conditions.items())
+        features = sum(spread(shares[name]) * self.adapt(name, clip.to(sample), shares[name]) for name, clip in conditions.items())
         middle, skips = self.go_down(sample, self.embed_step(sample, timestep), encoder_hidden_states, token_bias(token_weights, encoder_hidden_states), features)
         down = tuple(spread(gain) * per_frame(zero, skip) for zero, skip in zip(self.zero_down, skips, strict=True))
         middle = spread(gain) * per_frame(self.zero_middle, middle)
         return ControlNetOutput(down_block_res_samples=down, mid_block_res_sample=middle) if return_dict else (down, middle)
+
+    def adapt(self, name, clip, share):
+        "Features of a condition; of clips that have no share of it, zeros, which cost nothing."
+        used = (share > 0).any(1)
+        if used.all(): return self._run(self.adapters[name], clip)
+        features = clip.new_zeros(len(clip), self.config.block_out_channels[0], clip.shape[2], *(n // 2 ** (len(self.config.adapter_channels) - 1) for n in clip.shape[3:]))
+        return features.index_put((used,), self._run(self.adapters[name], clip[used]).to(features)) if used.any() else features
 
     def check_conditions(self, conditions, shape):
         "ValueError unless each has an adapter and the size that belongs to latents of this shape."

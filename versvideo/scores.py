@@ -168,6 +168,7 @@ class Benchmark:
     preset: Preset
     prompts: list
     labels: list            # Class of each clip, empty strings where there are none
+    attributes: list        # What each clip of Moving Shapes shows; empty for other data
     names: list             # Of the real clips
     frames: int
     geometry: str
@@ -184,11 +185,11 @@ class Benchmark:
 
 
 def shapes_entries(world, n, how, seed):
-    "Numbers of clips of Moving Shapes and what is known of them, motions as classes."
+    "Numbers of clips of Moving Shapes, their attributes, and what is known of them, motions as classes."
     pool = world.attributes(range(8 * n if how == "stratified" else n))
     motions = [a["objects"][0]["motion"] for a in pool]
     numbers = choose(motions, n, how, seed)
-    return numbers, [Entry(Path(f"{world.seed}:{i}"), tuple(captions(pool[i])), motions[i]) for i in numbers]
+    return numbers, [pool[i] for i in numbers], [Entry(Path(f"{world.seed}:{i}"), tuple(captions(pool[i])), motions[i]) for i in numbers]
 
 
 def benchmark(
@@ -199,7 +200,7 @@ def benchmark(
     seed: int = 0,   # Chooses clips and captions
 ) -> Benchmark:
     "Choose the clips and prompts of a preset; ValueError where data and preset do not fit or clips are too few."
-    own = pick(PRESETS, preset, "preset")
+    own, shown = pick(PRESETS, preset, "preset"), []
     if (own.dataset == "Moving Shapes") != (not data): raise ValueError(f"preset={preset!r} is one of {own.dataset} and data={data!r}: " + ("Moving Shapes is rendered, leave data empty" if data else "give the folder of a copy as data="))
     frames, lots, bad, others = min(own.frames, size[0]), np.random.default_rng(seed), {}, None
     if data:
@@ -211,11 +212,11 @@ def benchmark(
         real, geometry = (lambda numbers: torch.stack([read_entry(entries[i], frames, own.stride, geometry) for i in numbers])), own.geometry
     else:
         worlds = [MovingShapes("test", s, frames=frames, size=size[1:]) for s in (seed, seed + 1)]
-        (numbers, entries), (further, _) = (shapes_entries(world, n or own.real, own.choice, seed) for world in worlds)
+        (numbers, shown, entries), (further, _, _) = (shapes_entries(world, n or own.real, own.choice, seed) for world in worlds)
         real, others = (lambda which: worlds[0].batch([numbers[i] for i in which]).clips), (lambda which: worlds[1].batch([further[i] for i in which]).clips)
         geometry = f"{size[1]}x{size[2]} as rendered"
     prompts = [PROMPTS[own.prompts](entry, lots.random()) for entry in entries]
-    return Benchmark(own, prompts, [e.label for e in entries], [e.path.name for e in entries], frames, geometry, real, others, bad)
+    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real, others, bad)
 
 # %% ../nbs/13_scores.ipynb #13s-31
 def _part_of(folder, first, last): return folder / f"part-{first:07d}-{last:07d}.safetensors"

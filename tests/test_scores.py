@@ -1,0 +1,150 @@
+"""Scores: collected by several processes, on other people's pipelines, against published values."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from versvideo.features import Extractor, load_extractor
+from versvideo.metrics import Statistics, frechet_distance
+from versvideo.pipeline import WEIGHTS
+from versvideo.scores import clips_of, collect, collected, load_peer
+from versvideo.shapes import MovingShapes
+from versvideo.text import load_clip
+
+NARROW = dict(block_out_channels=(8, 8), norm_num_groups=4)
+TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+SCRIPT = """
+import sys, torch
+from accelerate import PartialState
+from versvideo.features import Extractor
+from versvideo.scores import collect
+from versvideo.shapes import MovingShapes
+
+class Mean(Extractor):
+    def __init__(self):
+        super().__init__("mean", "1")
+        self.weight = torch.nn.Parameter(torch.ones(1))
+    def read(self, clips):
+        return dict(features=clips.mean((2, 3, 4)) * self.weight)
+
+state, world = PartialState(cpu=True), MovingShapes("test", frames=4, size=32)
+def make(numbers):
+    if state.process_index == int(sys.argv[2]) and numbers.start >= 4: raise RuntimeError("killed in the middle")
+    return world.batch(numbers).clips
+collect(dict(mean=Mean()), make, 11, sys.argv[1], 2, processes=state)
+state.destroy_process_group()
+"""
+
+
+class Mean(Extractor):
+    "The extractor of SCRIPT."
+
+    def __init__(self):
+        super().__init__("mean", "1")
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def read(self, clips):
+        return dict(features=clips.mean((2, 3, 4)) * self.weight)
+
+
+def two_processes(script, folder, fails):
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2",
+               str(script), str(folder), str(fails)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_collect_what_one_does_and_go_on_where_one_failed(tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(SCRIPT)
+    world = MovingShapes("test", frames=4, size=32)
+    alone = collected(collect(dict(mean=Mean()), lambda n: world.batch(n).clips, 11, tmp_path / "one", 2),
+                      "mean features")
+    failed = two_processes(script, tmp_path / "two", fails=1)
+    assert failed.returncode and "killed in the middle" in failed.stderr
+    assert 0 < len(list((tmp_path / "two").glob("part-*"))) < 6
+    done = two_processes(script, tmp_path / "two", fails=-1)
+    assert not done.returncode, done.stderr[-2000:]
+    assert torch.equal(collected(tmp_path / "two", "mean features"), alone)
+    halves = Statistics(alone[:5]) + Statistics(alone[5:])
+    assert abs(frechet_distance(halves, alone + 1) - frechet_distance(alone, alone + 1)) < 1e-10
+
+
+def text_tower():
+    words = load_clip(WEIGHTS / "XS")[2]
+    torch.manual_seed(0)
+    return words, CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(words), max_position_embeddings=words.model_max_length, **TEXT)).eval()
+
+
+def image_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1,
+                         latent_channels=4, norm_num_groups=4, sample_size=32).eval()
+
+
+def modelscope(folder):
+    words, text = text_tower()
+    unet = UNet3DConditionModel(
+        layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=4, **NARROW,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))
+    pipe = TextToVideoSDPipeline(vae=image_vae(), text_encoder=text, tokenizer=words, unet=unet,
+                                 scheduler=DDIMScheduler())
+    pipe.save_pretrained(folder / "modelscope")
+    return str(folder / "modelscope")
+
+
+def animatediff(folder):
+    words, text = text_tower()
+    unet = UNet2DConditionModel(
+        layers_per_block=1, sample_size=8, cross_attention_dim=16, attention_head_dim=4, **NARROW,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    adapter = MotionAdapter(block_out_channels=(8, 8), motion_layers_per_block=1,
+                            motion_norm_num_groups=4, motion_num_attention_heads=2)
+    adapter.save_pretrained(folder / "adapter")
+    pipe = AnimateDiffPipeline(vae=image_vae(), text_encoder=text, tokenizer=words, unet=unet,
+                               motion_adapter=adapter, scheduler=DDIMScheduler())
+    pipe.save_pretrained(folder / "animatediff")
+    return str(folder / "animatediff")
+
+
+@pytest.mark.parametrize("kind", [modelscope, animatediff])
+def test_pipelines_of_others_are_scored_like_ours(kind, tmp_path):
+    pipe = load_peer(kind(tmp_path))
+    pipe.set_progress_bar_config(disable=True)
+    make = clips_of(pipe, ["a red circle", "a blue star", "a star"], 4, "32 squashed", num_frames=4,
+                    height=16, width=16, num_inference_steps=2)
+    whole = make(range(3))
+    assert whole.shape == (3, 3, 4, 32, 32) and whole.dtype == torch.uint8
+    assert (torch.cat([make(range(1)), make(range(1, 3))]).int() - whole.int()).abs().max() <= 2
+    folder = collect(dict(mean=Mean()), make, 3, tmp_path / "features", 2)
+    assert collected(folder, "mean features").shape == (3, 3)
+
+
+def test_i3d_gives_the_published_distance_of_black_and_white():
+    "The demonstration of TensorFlow's and StyleGAN-V's I3D: 151.26 on clips of 30 frames."
+    file = os.environ.get("VERSVIDEO_I3D", "")
+    if not Path(file).is_file():
+        pytest.skip("VERSVIDEO_I3D names no i3d_torchscript.pt")
+    i3d = load_extractor("i3d", file)
+    black, white = (torch.full((8, 3, 30, 64, 64), v, dtype=torch.uint8) for v in (0, 255))
+    found = frechet_distance(*(i3d(clips)["features"].numpy() for clips in (black, white)))
+    assert abs(found - 151.26) < 0.5
