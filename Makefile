@@ -1,7 +1,9 @@
 # make quickstart PROMPT="..."   a video from a sentence, in out/
+# make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge]   a video of one's own drawn anew, in out/
 # make test                      every check, under 20 minutes on 2 cores
 # make lab                       JupyterLab on the notebooks
-# make results                   the embedded model and its results again (hours, continues after a stop)
+# make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
+#                                or one run of results/; says which numbers drifted
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,14 +12,15 @@ INSTALLED := .venv/installed
 RUN := $(BIN)/python tests/run_notebook.py
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 --no_python $(RUN)
 
-# Only a prompt given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
-ifneq ($(origin PROMPT),command line)
-PROMPT := a red circle moving left on a navy background
-endif
-unexport PROMPT
-export QUICKSTART_PROMPT := $(value PROMPT)
+# Only what is given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
+given = $(if $(filter command line,$(origin $(1))),$(value $(1)))
+unexport PROMPT VIDEO CONDITIONS STYLE
+export GIVEN_PROMPT := $(call given,PROMPT)
+export GIVEN_VIDEO := $(call given,VIDEO)
+export GIVEN_CONDITIONS := $(call given,CONDITIONS)
+export GIVEN_STYLE := $(call given,STYLE)
 
-.PHONY: help quickstart test lab results install clean
+.PHONY: help quickstart edit test lab results install clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -33,8 +36,11 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(INSTALLED)
-	@$(RUN) nbs/30_generate.ipynb out/quickstart.ipynb \
-	    "prompt=$$QUICKSTART_PROMPT" out=out name=quickstart
+	@$(RUN) nbs/30_generate.ipynb out/quickstart.ipynb $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} out=out name=quickstart
+
+edit: $(INSTALLED)
+	@$(RUN) nbs/32_edit.ipynb out/edit.ipynb $${GIVEN_VIDEO:+"video=$$GIVEN_VIDEO"} $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} \
+	    $${GIVEN_CONDITIONS:+"conditions=$$GIVEN_CONDITIONS"} $${GIVEN_STYLE:+"style=$$GIVEN_STYLE"} out=out
 
 test: $(INSTALLED)
 	$(BIN)/python tests/check.py sync
@@ -49,25 +55,53 @@ lab: $(INSTALLED)
 # Each run leaves its checkpoints in its folder and continues from them, so that make results can be
 # stopped and started again; they go when all is done. What was trained becomes the pipeline that the
 # package ships.
+ifdef ONLY
 results: $(INSTALLED)
-	$(TWO) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
+	$(BIN)/python tests/check.py again $(ONLY)
+else
+results: $(INSTALLED)
+	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
 	    size=XS out=results/21_train_vae-XS-s0
+	$(TWO) nbs/21_train_vae.ipynb results/21_train_vae-styles-XS-s0.ipynb \
+	    size=XS vae=results/21_train_vae-XS-s0/weights steps=2000 out=results/21_train_vae-styles-XS-s0
 	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-XS-s0.ipynb \
 	    size=XS out=results/24_train_clip-XS-s0
 	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-vision-XS-s0.ipynb \
 	    size=XS stage=vision model=results/24_train_clip-XS-s0/weights out=results/24_train_clip-vision-XS-s0
+	$(RUN) nbs/25_train_classifier.ipynb results/25_train_classifier-XS-s0.ipynb \
+	    size=XS out=results/25_train_classifier-XS-s0
 	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm-XS-s0.ipynb \
-	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
-	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
+	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
+	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
 	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(BIN)/python tests/check.py ship results/20_train_unet-XS-s0/weights results/21_train_vae-tcm-XS-s0/weights \
-	    results/21_train_vae-XS-s0/weights results/24_train_clip-vision-XS-s0/weights
+	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-styles-XS-s0.ipynb \
+	    size=XS init=results/20_train_unet-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient steps=1200 \
+	    out=results/20_train_unet-styles-XS-s0 \
+	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
+	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-XS-s0.ipynb \
+	    size=XS model=results/20_train_unet-styles-XS-s0/weights out=results/22_train_controlnet-XS-s0
+	$(RUN) nbs/23_train_style.ipynb results/23_train_style-XS-s0.ipynb \
+	    size=XS model=results/20_train_unet-styles-XS-s0/weights \
+	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-XS-s0
+	$(BIN)/python tests/check.py ship results/20_train_unet-styles-XS-s0/weights results/21_train_vae-tcm-XS-s0/weights \
+	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
+	    results/25_train_classifier-XS-s0/weights \
+	    results/22_train_controlnet-XS-s0/weights results/23_train_style-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
+	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 out=results/43_follow-XS
+	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
+	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
+	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb results/$$i-XS.ipynb \
+	    size=XS seeds=3 at_once=2 runs=results/50_ablations-XS out=results/$$i-XS || exit 1; done
+	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
+	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
 	$(BIN)/nbdev_clean --fname results
-	rm -rf results/*-XS-s0/checkpoints
+	rm -rf results/*-XS-s0/checkpoints results/*/cache
+	$(BIN)/python tests/check.py drift
+endif
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache

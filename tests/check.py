@@ -1,9 +1,10 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs`, and `check.py ship` (see there).
+"""Checks beyond unit tests: `check.py sync | installed | runs | drift`, and `ship` and `again`.
 
-None of them changes a file of the working tree, except `ship`, which is there to do that.
+None of them changes a file of the working tree, except `ship` and `again`, which are there for it.
 """
 
 import difflib
+import json
 import os
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import torch
+from run_notebook import defaults
 
 from versvideo.core import atomic_path, read_json, tensors_digest
 from versvideo.pipeline import load_pipeline
+from versvideo.results import drifted
 from versvideo.saved import cast_weights, save_pipeline
 from versvideo.text import load_clip
 from versvideo.vae import load_vae
@@ -127,11 +131,13 @@ def runs() -> None:
         print("20_train_unet.ipynb by two processes", flush=True)
 
 
-def ship(unet: str, vae: str, image_vae: str, clip: str, control: str = "", style: str = "") -> None:
+def ship(unet: str, vae: str, image_vae: str, clip: str, classifier: str, control: str = "",
+         style: str = "") -> None:
     """Put what was trained together as the pipeline that the package holds.
 
     UNET, CONTROL and STYLE are folders of pipelines, of which one part is taken; CLIP holds both
-    towers. IMAGE_VAE, the autoencoder that the decoder of VAE was built around, lies beside.
+    towers. IMAGE_VAE, the autoencoder that the decoder of VAE was built around, and CLASSIFIER, that
+    scores are computed on, lie beside.
     """
     shipped = REPO / "versvideo/weights/XS"
 
@@ -148,10 +154,50 @@ def ship(unet: str, vae: str, image_vae: str, clip: str, control: str = "", styl
                           controlnet=part(control, "controlnet"),
                           style_adapter=part(style, "style_adapter"))
     save_pipeline(pipe, shipped)
-    with atomic_path(shipped / "image_vae") as temp:
-        shutil.copytree(REPO / image_vae, temp)
-        cast_weights(temp / "diffusion_pytorch_model.safetensors", torch.float16)
+    for name, folder in dict(image_vae=image_vae, classifier=classifier).items():
+        with atomic_path(shipped / name) as temp:
+            shutil.copytree(REPO / folder, temp)
+            cast_weights(temp / "diffusion_pytorch_model.safetensors", torch.float16)
     print(f"{unet} -> {shipped.relative_to(REPO)}")
+
+
+def again(run: str) -> None:
+    "Execute a run of results/ again, with the parameters of its record, in its place; then `drift`."
+    record = REPO / f"results/{run}.ipynb"
+    if not record.exists():
+        known = ", ".join(sorted(path.stem for path in record.parent.glob("*.ipynb")))
+        raise SystemExit(f"ONLY={run!r} is not a run of results/: choose one of {known}")
+    given = [c for c in nbformat.read(record, 4).cells
+             if "injected-parameters" in c.metadata.get("tags", [])]
+    values = {name: value for cell in given for name, value in defaults(cell.source).items()}
+    processes = read_json(record.with_suffix("") / "config.json").get("processes", 1)
+    torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node", processes, "--no_python"]
+    command = [*(torchrun if processes > 1 else []), sys.executable,
+               REPO / "tests/run_notebook.py", f"nbs/{run.partition('-')[0]}.ipynb", record,
+               *(f"{name}={value}" for name, value in values.items())]
+    env = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+    if subprocess.run(list(map(str, command)), cwd=REPO, env=os.environ | env).returncode:
+        raise SystemExit(1)
+    call(BIN / "nbdev_clean", "--fname", record, cwd=REPO)
+    drift(run)
+
+
+def drift(*runs: str) -> None:
+    "Compare the numbers of runs, all of results/ by default, with those that were last committed."
+    found = []
+    for path in sorted((REPO / "results").glob("*/metrics.json")):
+        name = path.parent.name
+        if runs and name not in runs:
+            continue
+        shown = subprocess.run(["git", "show", f"HEAD:results/{name}/metrics.json"], cwd=REPO,
+                               capture_output=True, text=True)
+        if shown.returncode:
+            print(f"{name}: not committed, nothing to compare with")
+            continue
+        found += (drifts := [(name, *d) for d in drifted(json.loads(shown.stdout), read_json(path))])
+        print(f"{name}: {len(drifts) or 'no'} numbers drifted", flush=True)
+    if found:
+        raise SystemExit("\n".join(f"{run}: {name} was {old}, is {new}" for run, name, old, new in found))
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -161,4 +207,5 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 if __name__ == "__main__":
-    {"sync": sync, "installed": installed, "runs": runs, "ship": ship}[sys.argv[1]](*sys.argv[2:])
+    {"sync": sync, "installed": installed, "runs": runs, "ship": ship, "again": again,
+     "drift": drift}[sys.argv[1]](*sys.argv[2:])

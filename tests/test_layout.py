@@ -37,7 +37,7 @@ ORDER = [
     {"cost", "controlnet"},
     {"pipeline"},
     {"trainers", "edit", "features", "scores"},
-    {"results"},
+    {"results", "ablation"},
 ]
 
 # Heavy or optional packages, and the only modules that may import them (inside functions).

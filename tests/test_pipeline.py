@@ -611,7 +611,8 @@ def test_embedded_size():
 def test_embedded_weights_are_small_and_half():
     folder = Path(str(resources.files("versvideo"))) / "weights" / "XS"
     files = list(folder.rglob("*.safetensors"))
-    assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "image_encoder", "image_vae"}
+    assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "image_encoder", "image_vae",
+                                              "classifier", "controlnet"}
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 25e6
     for file in files:
         with safe_open(file, "pt") as weights:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -188,3 +189,25 @@ def test_failed_run_says_why_and_leaves_nothing(tmp_path, notebook, argument, me
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob("out/*"))
+
+
+# A run again.
+def test_what_drifted_is_named(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "results/33_judge-XS-s0/metrics.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"colour": 0.9, "seconds": 3.0}))
+    for command in (["init", "-q"], ["add", "."],
+                    ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(check, "REPO", tmp_path)
+    record.write_text(json.dumps({"colour": 0.91, "seconds": 9.0}))
+    check.drift()
+    assert "33_judge-XS-s0: no numbers drifted" in capsys.readouterr().out
+    record.write_text(json.dumps({"colour": 0.7, "seconds": 3.0}))
+    with pytest.raises(SystemExit, match="33_judge-XS-s0: colour was 0.9, is 0.7"):
+        check.drift("33_judge-XS-s0")
+
+
+def test_a_run_that_is_not_there_is_not_made_again():
+    with pytest.raises(SystemExit, match="ONLY='33_judge' is not a run.*33_judge-XS-s0"):
+        check.again("33_judge")

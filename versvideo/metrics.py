@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'psnr', 'ssim', 'flicker', 'edge_f1', 'ClipDistance', 'LpipsDistance', 'perceptual_distance',
-           'with_interval', 'Statistics', 'frechet_distance', 'frechet_interval', 'clip_features', 'inception_score',
-           'clipsim', 'fc_consecutive']
+           'with_interval', 'Statistics', 'frechet_distance', 'frechet_interval', 'inception_score', 'clipsim',
+           'fc_consecutive']
 
 # %% ../nbs/13_metrics.ipynb #13m-03
 import importlib.util
@@ -20,7 +20,7 @@ from scipy import linalg, stats
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
-from .text import embed_frames, preprocess_frames
+from .text import preprocess_frames
 
 # %% ../nbs/13_metrics.ipynb #13m-11
 def as_pairs(
@@ -186,15 +186,6 @@ def frechet_interval(
     drawn = np.array([frechet_distance(*(v[rng.integers(len(v), size=len(v))] for v in (real, fake))) for _ in range(resamples)])
     low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value)
     return value, float(low), float(high)
-
-
-def clip_features(
-    image_encoder,        # CLIP vision tower
-    clips: torch.Tensor,  # `b 3 t h w`
-) -> np.ndarray:          # `b 2d`
-    "Mean of the frames' embeddings of each clip, and their mean absolute change from frame to frame."
-    frames = embed_frames(image_encoder, clips).double()
-    return torch.cat([frames.mean(1), frames.diff(dim=1).abs().mean(1)], dim=1).cpu().numpy()
 
 # %% ../nbs/13_metrics.ipynb #13m-51
 def inception_score(
