@@ -18,10 +18,11 @@ import nbformat
 import torch
 from run_notebook import defaults
 
-from versvideo.core import atomic_path, read_json, tensors_digest
+from versvideo.core import read_json, tensors_digest
+from versvideo.features import ShapesNet
 from versvideo.pipeline import load_pipeline
 from versvideo.results import drifted
-from versvideo.saved import cast_weights, save_pipeline
+from versvideo.saved import save_model, save_pipeline
 from versvideo.text import load_clip
 from versvideo.vae import load_vae
 
@@ -154,10 +155,8 @@ def ship(unet: str, vae: str, image_vae: str, clip: str, classifier: str, contro
                           controlnet=part(control, "controlnet"),
                           style_adapter=part(style, "style_adapter"))
     save_pipeline(pipe, shipped)
-    for name, folder in dict(image_vae=image_vae, classifier=classifier).items():
-        with atomic_path(shipped / name) as temp:
-            shutil.copytree(REPO / folder, temp)
-            cast_weights(temp / "diffusion_pytorch_model.safetensors", torch.float16)
+    save_model(encoder, shipped / "image_vae")
+    save_model(ShapesNet.from_pretrained(REPO / classifier), shipped / "classifier")
     print(f"{unet} -> {shipped.relative_to(REPO)}")
 
 
