@@ -126,6 +126,7 @@ class VersVideoControlNet(LayeredModel):
         conditions: dict,                     # Name to condition clip in [0, 1], `b c t 8h 8w`
         scales: dict | None = None,           # Name to strength: a number, one a frame, or `b t`; 1 where there is none
         token_weights: torch.Tensor | None = None,  # As of the UNet
+        memory: dict | None = None,           # Takes the features of conditions, and gives them to the next call with the same ones
         return_dict: bool = True,             # False gives a tuple
     ):
         check_inputs(self.config, sample, timestep, encoder_hidden_states, token_weights)
@@ -134,14 +135,17 @@ class VersVideoControlNet(LayeredModel):
         weights = {name: as_weights((scales or {}).get(name, 1.0), name, b, t, sample.device) for name in conditions}
         gain, shares = share_out(weights)
         spread = lambda w: w.to(sample.dtype)[:, None, :, None, None]
-        features = sum(spread(shares[name]) * self.adapt(name, clip.to(sample), shares[name]) for name, clip in conditions.items())
+        features = sum(spread(shares[name]) * self.adapt(name, clip.to(sample), shares[name], memory) for name, clip in conditions.items())
         middle, skips = self.go_down(sample, self.embed_step(sample, timestep), encoder_hidden_states, token_bias(token_weights, encoder_hidden_states), features)
         down = tuple(spread(gain) * per_frame(zero, skip) for zero, skip in zip(self.zero_down, skips, strict=True))
         middle = spread(gain) * per_frame(self.zero_middle, middle)
         return ControlNetOutput(down_block_res_samples=down, mid_block_res_sample=middle) if return_dict else (down, middle)
 
-    def adapt(self, name, clip, share):
+    def adapt(self, name, clip, share, memory=None):
         "Features of a condition; of clips that have no share of it, zeros, which cost nothing."
+        if memory is not None:   # all clips, as a later step may ask for others
+            if name not in memory: memory[name] = self._run(self.adapters[name], clip)
+            return memory[name]
         used = (share > 0).any(1)
         if used.all(): return self._run(self.adapters[name], clip)
         features = clip.new_zeros(len(clip), self.config.block_out_channels[0], clip.shape[2], *(n // 2 ** (len(self.config.adapter_channels) - 1) for n in clip.shape[3:]))

@@ -337,7 +337,7 @@ class VideoDenoiser(DiffusionPipeline):
         return tokens.to(self._execution_device).repeat_interleave(rows // len(pictures), dim=0)
 
     def predict_noise(self, latents, t_idx, prompt_embeds, negative_prompt_embeds, style=None,
-                      style_scale=1.0, control=None) -> torch.Tensor:
+                      style_scale=1.0, control=None, memory=None) -> torch.Tensor:
         "The UNet's ε in fp32, guided when `guidance_scale` is above 1."
         x = self.scheduler.scale_model_input(latents, t_idx).to(self.unet.dtype)
         tokens, weights, twice = prompt_embeds, None, self.do_classifier_free_guidance
@@ -354,7 +354,7 @@ class VideoDenoiser(DiffusionPipeline):
             control = {key: {name: torch.cat([v, v]) if twice else v for name, v in part.items()}
                        for key, part in control.items()}
             down, middle = self.controlnet(x, t_idx, tokens, token_weights=weights, **control,
-                                           return_dict=False)
+                                           memory=memory, return_dict=False)
             added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
         eps = self.unet(x, t_idx, tokens, token_weights=weights, **added).sample.float()
         if not twice:
@@ -365,13 +365,15 @@ class VideoDenoiser(DiffusionPipeline):
     def denoise(self, latents, step_kwargs, callback, callback_inputs, plan=None, style=None,
                 style_scale=1.0, **embeds) -> torch.Tensor:
         "Walk down the scheduler's timesteps, handing the named tensors to `callback` after each."
+        memory = {}   # conditions do not change from step to step
         with self.progress_bar(total=self.num_timesteps) as bar:
             for i, t_idx in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
                 control = plan and plan.at(i, self.num_timesteps)
                 eps = self.predict_noise(latents, t_idx, **embeds, style=style,
-                                         style_scale=style_scale, control=control)
+                                         style_scale=style_scale, control=control,
+                                         memory=memory)
                 latents = self.scheduler.step(eps, t_idx, latents, **step_kwargs).prev_sample
                 if callback is not None:
                     tensors = {"latents": latents, **embeds}
