@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'EXTRACTORS', 'check_clips', 'Extractor', 'to_square', 'sha256_of', 'require_file', 'ScriptedI3D',
-           'same_padding', 'Unit3D', 'SamePool', 'Inception', 'I3D', 'StateDictI3D', 'C3D', 'C3DClassifier', 'VideoMAE',
-           'ClipExtractor', 'ShapesNet', 'ShapesExtractor', 'load_extractor']
+           'read_state', 'same_padding', 'Unit3D', 'SamePool', 'Inception', 'I3D', 'StateDictI3D', 'C3D',
+           'C3DClassifier', 'read_model', 'VideoMAE', 'ClipExtractor', 'ShapesNet', 'ShapesExtractor', 'load_extractor']
 
 # %% ../nbs/13_features.ipynb #13f-03
 import hashlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, VideoMAEModel
 
@@ -42,7 +44,7 @@ def check_clips(
     if not clips.is_floating_point(): raise TypeError(f"{name} was given {clips.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
     clips = clips.float()
     if not clips.isfinite().all(): raise ValueError(f"{name} was given {int((~clips.isfinite()).flatten(1).any(1).sum())} clips with values that are not numbers")
-    if clips.abs().max() > 1.1: raise ValueError(f"{name} was given floats up to {clips.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
+    if clips.abs().max() > 1.1: raise ValueError(f"{name} was given floats from {clips.min():.4g} to {clips.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
     return clips.clamp(-1, 1)
 
 
@@ -85,7 +87,7 @@ def require_file(
     sha256: str = "",  # What it has to be; empty: anything
 ) -> str:              # Its checksum
     "FileNotFoundError saying what to fetch, ValueError for a file with another checksum."
-    if not path or not Path(path).is_file(): raise FileNotFoundError(f"{name} needs weights, and {str(path)!r} is no file: fetch {fetch}" + (f", sha256 {sha256}" if sha256 else ""))
+    if not path or not Path(path).is_file(): raise FileNotFoundError(f"{name} needs weights, and {str(path)!r} is no file: fetch {fetch}" + (f", sha256 {sha256}" if sha256 else "") + ", put it anywhere on this machine, and give its path as weights=")
     found = sha256_of(Path(path))
     if sha256 and found != sha256: raise ValueError(f"{path} has sha256 {found}, {name} needs {sha256}: fetch {fetch}; for a file of your own that you trust, give its sha256=")
     return found
@@ -101,6 +103,12 @@ class ScriptedI3D(Extractor):
     def read(self, clips): return dict(features=self.network((clips + 1) * 127.5, rescale=True, resize=True, return_features=True))
 
 # %% ../nbs/13_features.ipynb #13f-31
+def read_state(path: str | Path, name: str) -> dict:
+    "Tensors of a safetensors file; ValueError for anything else."
+    try: return load_file(path)
+    except SafetensorError as error: raise ValueError(f"{path} is no safetensors file ({error}), and {name} reads nothing else: write it as one, save_file(torch.load(FILE, weights_only=True), NEW)") from error
+
+
 def same_padding(size, kernel, stride):
     "Padding of each side, last dimension first, so that a strided window covers everything, the odd one behind (TensorFlow's rule)."
     pads = []
@@ -163,8 +171,7 @@ class StateDictI3D(Extractor):
                              "save_file(torch.load('i3d_pretrained_400.pt', weights_only=True), 'i3d_pretrained_400.safetensors')", sha256)
         super().__init__("i3d-videogpt", found, (10, None))
         self.network = I3D().eval()
-        state = load_file(path)
-        try: self.network.load_state_dict(state)
+        try: self.network.load_state_dict(read_state(path, "i3d-videogpt"))
         except RuntimeError as error: raise ValueError(f"{path} holds another network than I3D: {error}") from error
 
     def read(self, clips): return dict(features=self.network(to_square(clips, 224)))
@@ -193,11 +200,12 @@ class C3DClassifier(Extractor):
         averages = require_file(mean, "c3d-ucf101, mean=,", where.format(*["mean2.npz"] * 2))
         super().__init__("c3d-ucf101", f"{found}, mean {averages}", (16, 16))
         self.network = C3D(width, hidden).eval()
-        with np.load(path, allow_pickle=False) as file:
-            state = {name.replace("/W", ".weight").replace("/b", ".bias"): torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
+        try:
+            with np.load(path, allow_pickle=False) as file: state = {name.replace("/W", ".weight").replace("/b", ".bias"): torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
+            with np.load(mean, allow_pickle=False) as file: volume = torch.from_numpy(file["mean"].astype(np.float32))
+        except (ValueError, BadZipFile, KeyError, AttributeError) as error: raise ValueError(f"{path} or {mean} is no .npz of TGANv2 ({error}): fetch both again") from error
         try: self.network.load_state_dict(state)
         except RuntimeError as error: raise ValueError(f"{path} holds another network than C3D: {error}") from error
-        with np.load(mean, allow_pickle=False) as file: volume = torch.from_numpy(file["mean"].astype(np.float32))
         self.register_buffer("mean", volume[:, :, 8:120, 8:120])
 
     def read(self, clips):
@@ -206,11 +214,23 @@ class C3DClassifier(Extractor):
         return dict(features=logits, probabilities=logits.softmax(1))
 
 # %% ../nbs/13_features.ipynb #13f-51
+def read_model(
+    kind: type,           # A model of transformers or diffusers
+    model: str | Path,    # Folder or hub id
+    **options,
+):
+    "A pretrained model of which every weight is there; ValueError where some would be random."
+    with quiet_bars(): network, found = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing: raise ValueError(f"{model} lacks {len(missing)} weights of {kind.__name__}, {missing[0]} among them: it is another network, or damaged")
+    return network.eval()
+
+
 class VideoMAE(Extractor):
     "A VideoMAE of transformers, mean of the last layer over tokens."
     def __init__(self, model: str | Path = "MCG-NJU/videomae-base"):
         try:
-            with quiet_bars(): network = VideoMAEModel.from_pretrained(model, use_safetensors=True).eval()
+            network = read_model(VideoMAEModel, model)
         except OSError as error: raise FileNotFoundError(f"videomae needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a VideoMAE in safetensors") from error
         super().__init__(f"videomae:{Path(model).name}", tensors_digest(network.state_dict().values()), (network.config.num_frames,) * 2)
         self.network = network
@@ -227,9 +247,8 @@ class ClipExtractor(Extractor):
         own = (Path(model) / "image_encoder").is_dir()     # a pipeline of ours, a folder for each tower
         where = {part: dict(subfolder=part) if own else {} for part in ("image_encoder", "text_encoder", "tokenizer")}
         try:
-            with quiet_bars():
-                image = CLIPVisionModelWithProjection.from_pretrained(model, **where["image_encoder"], dtype=torch.float32, use_safetensors=True).eval()
-                text = CLIPTextModelWithProjection.from_pretrained(model, **where["text_encoder"], dtype=torch.float32, use_safetensors=True).eval()
+            image = read_model(CLIPVisionModelWithProjection, model, **where["image_encoder"], dtype=torch.float32)
+            text = read_model(CLIPTextModelWithProjection, model, **where["text_encoder"], dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model, **where["tokenizer"])
         except (OSError, ValueError) as error: raise FileNotFoundError(f"clip needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a CLIP in safetensors") from error
         super().__init__(f"clip:{Path(model).name}", tensors_digest([*image.state_dict().values(), *text.state_dict().values()]))
@@ -271,7 +290,7 @@ class ShapesNet(ModelMixin, ConfigMixin):
 class ShapesExtractor(Extractor):
     "The classifier of Moving Shapes; its probabilities are those of the motions."
     def __init__(self, folder: str | Path = WEIGHTS / "XS" / "classifier"):
-        try: network = ShapesNet.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        try: network = read_model(ShapesNet, folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
         except OSError as error: raise FileNotFoundError(f"shapes needs a classifier, and {str(folder)!r} cannot be read ({error}): train one with nbs/25_train_classifier.ipynb") from error
         super().__init__("shapes", tensors_digest(network.state_dict().values()), (2, None))
         self.network = network

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'psnr', 'ssim', 'flicker', 'edge_f1', 'ClipDistance', 'LpipsDistance', 'perceptual_distance',
-           'with_interval', 'Statistics', 'frechet_distance', 'frechet_interval', 'inception_score', 'clipsim',
-           'fc_consecutive']
+           'with_interval', 'Statistics', 'frechet_distance', 'frechet_interval', 'inception_score', 'check_units',
+           'clipsim', 'fc_consecutive']
 
 # %% ../nbs/13_metrics.ipynb #13m-03
 import importlib.util
@@ -26,8 +26,12 @@ from .text import preprocess_frames
 def as_pairs(
     x: torch.Tensor, y: torch.Tensor,  # Clips `b c t h w`
 ) -> tuple:                            # Both as float64 in [0, 1]
-    "Two sets of clips of the same shape; ValueError otherwise."
-    if x.ndim != 5 or x.shape != y.shape: raise ValueError(f"clips of shapes {tuple(x.shape)} and {tuple(y.shape)}: both `b c t h w`, and the same")
+    "Two sets of clips of the same shape; ValueError or TypeError for what is none."
+    if x.ndim != 5 or x.shape != y.shape or 0 in x.shape: raise ValueError(f"clips of shapes {tuple(x.shape)} and {tuple(y.shape)}: both `b c t h w`, the same, and none of them empty")
+    for v in (x, y):
+        if v.dtype != torch.uint8 and not v.is_floating_point(): raise TypeError(f"clips are {v.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
+        if v.is_floating_point() and not v.isfinite().all(): raise ValueError(f"{int((~v.isfinite()).flatten(1).any(1).sum())} of {len(v)} clips hold values that are not numbers")
+        if v.is_floating_point() and v.abs().max() > 2: raise ValueError(f"clips are floats from {v.min():.4g} to {v.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
     return tuple(v.double() / 255 if v.dtype == torch.uint8 else v.double() / 2 + 0.5 for v in (x, y))
 
 
@@ -129,6 +133,7 @@ def with_interval(
 ) -> tuple:             # Value, low, high
     "Mean, or ratio of means, and its 95 % bootstrap interval over clips; ValueError for fewer than two."
     columns = [np.asarray(v, dtype=np.float64) for v in ([values] if against is None else [values, against])]
+    if not all(np.isfinite(c).all() for c in columns): raise ValueError(f"{int(sum((~np.isfinite(c)).sum() for c in columns))} values are not numbers: leave those clips out, and say so")
     if len(columns[0]) < 2 or len({len(c) for c in columns}) > 1: raise ValueError(f"{[len(c) for c in columns]} values: at least two are needed, as many against them")
     value = lambda a, b=None, axis=-1: a.mean(axis) if b is None else a.mean(axis) / b.mean(axis)
     found = stats.bootstrap(columns, value, n_resamples=resamples, paired=True, vectorized=True, method="percentile", rng=np.random.default_rng(seed))
@@ -140,7 +145,7 @@ class Statistics:
     def __init__(self, features=None):
         self.n, self.mean, self.scatter = 0, 0., 0.
         if features is not None:
-            rows = np.asarray(features, dtype=np.float64)
+            rows = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features, dtype=np.float64)
             if rows.ndim != 2 or not len(rows): raise ValueError(f"features of shape {rows.shape}: give rows, `n d`")
             if not np.isfinite(rows).all(): raise ValueError(f"{int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows of features hold values that are not numbers")
             self.n, self.mean = len(rows), rows.mean(0)
@@ -156,9 +161,14 @@ class Statistics:
         whole.scatter = self.scatter + other.scatter + np.outer(step, step) * (self.n * other.n / whole.n)
         return whole
 
+    def __radd__(self, other):
+        "So that `sum` works."
+        return self
+
     @property
     def covariance(self) -> np.ndarray:
-        "With n - 1."
+        "With n - 1; ValueError for fewer than two rows."
+        if self.n < 2: raise ValueError(f"{self.n} rows: a covariance needs at least two")
         return self.scatter / (self.n - 1)
 
 
@@ -169,10 +179,9 @@ def frechet_distance(
     a, b = (v if isinstance(v, Statistics) else Statistics(v) for v in (a, b))
     if min(a.n, b.n) < 2: raise ValueError(f"{a.n} and {b.n} rows: at least two each are needed")
     if len(a.mean) != len(b.mean): raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers: they are of different extractors")
-    values, vectors = linalg.eigh(a.covariance)
-    half = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = np.sqrt(linalg.eigvalsh(half @ b.covariance @ half).clip(0)).sum()      # trace of the root of the product of both, singular or not
-    return float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap)
+    root = lambda values, vectors: (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    overlap = linalg.svdvals(root(*linalg.eigh(a.covariance)) @ root(*linalg.eigh(b.covariance))).sum()   # trace of the root of the product of both, singular or not
+    return max(0., float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
 
 
 def frechet_interval(
@@ -185,7 +194,7 @@ def frechet_interval(
     rng, value = np.random.default_rng(seed), frechet_distance(real, fake)
     drawn = np.array([frechet_distance(*(v[rng.integers(len(v), size=len(v))] for v in (real, fake))) for _ in range(resamples)])
     low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value)
-    return value, float(low), float(high)
+    return value, max(0., float(low)), float(high)
 
 # %% ../nbs/13_metrics.ipynb #13m-51
 def inception_score(
@@ -194,19 +203,30 @@ def inception_score(
 ) -> tuple:         # Mean over the parts, and deviation
     "exp of the mean KL divergence of the rows from their mean, in each part; ValueError for fewer clips than parts or rows that are no probabilities."
     p = np.asarray(probabilities, dtype=np.float64)
+    if splits < 1: raise ValueError(f"splits={splits}: at least one part, ten as it is published")
     if p.ndim != 2 or len(p) < splits: raise ValueError(f"probabilities of shape {p.shape} for {splits} parts: give rows `n k`, at least one a part")
+    if not np.isfinite(p).all(): raise ValueError(f"{int((~np.isfinite(p)).any(1).sum())} of {len(p)} rows of probabilities hold values that are not numbers")
     if not (p >= 0).all() or np.abs(p.sum(1) - 1).max() > 1e-3: raise ValueError("probabilities holds rows that are negative or do not sum to one: give the softmax of a classifier")
     log = lambda v: np.log(np.maximum(v, 1e-20))
     scores = [np.exp((part * (log(part) - log(part.mean(0)))).sum(1).mean()) for part in np.array_split(p, splits)]
     return float(np.mean(scores)), float(np.std(scores))
 
 # %% ../nbs/13_metrics.ipynb #13m-61
+def check_units(vectors, what):
+    "ValueError where CLIP's vectors are no numbers or not of length 1."
+    if not vectors.isfinite().all(): raise ValueError(f"{what} hold values that are not numbers")
+    far = (vectors.norm(dim=-1) - 1).abs().max().item()
+    if far > 1e-2: raise ValueError(f"{what} have lengths off from 1 by {far:.3g}: give unit vectors, as ClipExtractor gives")
+
+
 def clipsim(
     frames: torch.Tensor,  # `b t d`, unit vectors of `ClipExtractor`
     texts: torch.Tensor,   # `b d`, unit vectors of their texts
 ) -> torch.Tensor:
     "Mean cosine of the frames of each clip with its text, in [-1, 1]."
     if frames.ndim != 3 or texts.shape != (frames.shape[0], frames.shape[2]): raise ValueError(f"frames of shape {tuple(frames.shape)} and texts of {tuple(texts.shape)}: give `b t d` and `b d`")
+    if 0 in frames.shape: raise ValueError(f"frames of shape {tuple(frames.shape)}: give at least one frame of one clip")
+    check_units(frames, "frames"), check_units(texts, "texts")
     return (frames.double() * texts.double()[:, None]).sum(-1).mean(1)
 
 
@@ -215,4 +235,5 @@ def fc_consecutive(
 ) -> torch.Tensor:
     "Mean cosine of successive frames of each clip, in [-1, 1]; ValueError for a single frame."
     if frames.ndim != 3 or frames.shape[1] < 2: raise ValueError(f"frames of shape {tuple(frames.shape)}: give `b t d` with at least two frames")
+    check_units(frames, "frames")
     return (frames[:, 1:].double() * frames[:, :-1].double()).sum(-1).mean(1)
