@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PRESETS', 'PEERS', 'list_hash', 'Protocol', 'Score', 'score_table', 'Preset', 'choose', 'Benchmark',
-           'shapes_entries', 'benchmark', 'collect', 'collected', 'load_peer', 'clips_of']
+           'shapes_entries', 'benchmark', 'collect', 'collected', 'frechet_between', 'load_peer', 'clips_of',
+           'weights_digest', 'collect_models']
 
 # %% ../nbs/13_scores.ipynb #13s-03
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,13 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
+from diffusers import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, MotionAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .core import atomic_path, pick, progress, provenance, read_json, write_json
+from .core import atomic_path, pick, progress, provenance, read_json, tensors_digest, write_json
 from .data import Entry, fit_frames, long_enough, read_entry, read_msrvtt, read_ucf101
 from .features import Extractor
+from .metrics import frechet_interval
+from .pipeline import VideoDenoiser
 from .saved import quiet_bars
 from .shapes import MovingShapes, captions
 from .show import Table, show_table
@@ -49,10 +53,11 @@ class Protocol:
     geometry: str          # What was done to their size: 256 centre crop, 64 as rendered, …
     extractor: str         # `Extractor.name`
     checksum: str          # `Extractor.checksum`
-    sampler: str           # Scheduler
+    size: str              # Frames x height x width that the model made; empty for real clips
+    sampler: str           # Scheduler; empty for real clips
     steps: int             # Of it
     guidance: float        # Scale
-    seed: int
+    seed: int              # Of clips, captions and noise
     notes: str = ""        # Parts of an inception score, which captions, …
     versions: dict = field(default_factory=dict, compare=False)  # Of the packages
 
@@ -62,8 +67,9 @@ class Protocol:
 
     def __str__(self):
         against = f"{self.generated} generated against {self.real} real clips" if self.real else f"{self.generated} generated clips"
+        made = f"made as {self.size} by {self.sampler}, {self.steps} steps, guidance {self.guidance:g}, " if self.sampler else ""
         return (f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {self.dataset} {self.split} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
-                f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}, seed {self.seed}" + (f"; {self.notes}" if self.notes else ""))
+                f"{made}seed {self.seed}" + (f"; {self.notes}" if self.notes else ""))
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,17 @@ def score_table(
 ) -> Table:
     "Scores side by side; ValueError where two of a column have different protocols."
     for name in may_differ: pick({f.name: 0 for f in fields(Protocol)}, name, "field of a protocol")
-    first = {}
+    first, said = {}, {}
     for row, scores in rows.items():
         for column, score in scores.items():
             other = first.setdefault(column, (row, score))
-            different = [name for name in score.protocol.differs(other[1].protocol) if name not in may_differ]
-            if different:
+            different = score.protocol.differs(other[1].protocol)
+            said |= dict.fromkeys(different)
+            if different := [name for name in different if name not in may_differ]:
                 both = "; ".join(f"{name}: {getattr(other[1].protocol, name)!r} and {getattr(score.protocol, name)!r}" for name in different)
                 raise ValueError(f"{column} of {other[0]!r} and of {row!r} are of different protocols and cannot be compared ({both}): give them columns of their own, or name the fields as may_differ=")
     columns = dict.fromkeys(column for scores in rows.values() for column in scores)
+    if said: print(f"Protocols of a column differ in: {', '.join(said)}")
     return show_table([{"": row} | {column: str(scores[column]) if column in scores else "" for column in columns} for row, scores in rows.items()])
 
 # %% ../nbs/13_scores.ipynb #13s-21
@@ -118,6 +126,8 @@ class Preset:
     source: str
     frames: int = 16
     stride: int = 1
+    real_geometry: str = ""  # Of the real clips, where it is another
+    guidance: float = 0.   # 0: not said
     assumption: str = ""
 
 
@@ -128,13 +138,15 @@ PROMPTS = {   # Where a prompt comes from: of an `Entry` and a random number in 
 }
 PRESETS = {
     "versvideo-msrvtt": Preset("MSR-VTT", "test", 2990, 2990, "all", "one of its captions, by the seed", "256 centre crop", "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
-                               assumption="how many real clips FVD takes is not said: all that have 16 frames"),
+                               assumption="how many real clips FVD takes is not said: all; of each the first 16 frames"),
     "show1-msrvtt": Preset("MSR-VTT", "test", 2048, 2048, "random", "one of its captions, by the seed", "256 squashed", "Show-1, section 4: these clips for FVD",
-                            assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips"),
+                            assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips; how the real clips get their size is not said"),
     "versvideo-ucf101": Preset("UCF-101", "train+test", 2048, 2048, "stratified", "the words of its class", "256 squashed", "VersVideo, section 3.4, names the data alone",
                                assumption="2,048 clips, as Show-1 and PYoCo have for FVD; for IS they take 10,000, n=10000"),
-    "svd-ucf101": Preset("UCF-101", "train+test", 13320, 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix: guidance 7, 25 fps"),
-    "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes"),
+    "svd-ucf101": Preset("UCF-101", "train+test", 13320, 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix", real_geometry="240x320 centre crop", guidance=7.,
+                             assumption="real clips in their own 240x320; frames as they come, 25 a second"),
+    "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
+                                    assumption="the first 16 frames of each clip, where the script starts at random ones"),
     "styleganv-fvd2048-16f-stratified": Preset("UCF-101", "train+test", 2048, 2048, "stratified", "the name of its class", "256 squashed", "the same, every class as often as in the data"),
     "shapes-msrvtt": Preset("Moving Shapes", "test", 256, 256, "all", "one of its captions, by the seed", "64 as rendered", "versvideo-msrvtt on combinations held out from training"),
     "shapes-ucf101": Preset("Moving Shapes", "test", 256, 256, "stratified", "one of its captions, by the seed", "64 as rendered", "versvideo-ucf101 with the motions as classes"),
@@ -171,17 +183,19 @@ class Benchmark:
     attributes: list        # What each clip of Moving Shapes shows; empty for other data
     names: list             # Of the real clips
     frames: int
-    geometry: str
+    geometry: str           # Of generated clips
+    real_geometry: str
     real: Callable          # Numbers of clips to uint8 `b 3 t h w`
     others: Callable | None  # The same of further real clips, where there are some
     left_out: dict          # File name to what is wrong with it
 
     def __len__(self): return len(self.prompts)
 
-    def protocol(self, metric: str, extractor: Extractor, sampler: str, steps: int, guidance: float, seed: int, against: bool, notes: str = "") -> Protocol:
-        "Of a score on this benchmark; `against` real clips or not."
-        return Protocol(metric, self.preset.dataset, self.preset.split, list_hash([*self.names, *self.prompts]), len(self) if against else 0, len(self), self.frames, self.preset.stride, self.geometry,
-                        extractor.name, extractor.checksum, sampler, steps, guidance, seed, "; ".join(filter(None, (f"prompts: {self.preset.prompts}", notes))), provenance()["versions"])
+    def protocol(self, metric: str, extractor: Extractor, against: bool, seed: int = 0, size: str = "", sampler: str = "", steps: int = 0, guidance: float = 0., notes: str = "") -> Protocol:
+        "Of a score on this benchmark, `against` real clips or not; without a sampler of clips that no model made."
+        sizes = self.geometry + (f", real clips {self.real_geometry}" if against and self.real_geometry != self.geometry else "")
+        return Protocol(metric, self.preset.dataset, self.preset.split, list_hash([*self.names, *self.prompts, self.geometry]), len(self) if against else 0, len(self), self.frames, self.preset.stride, sizes,
+                        extractor.name, extractor.checksum, size, sampler, steps, guidance, seed, "; ".join(filter(None, (f"prompts: {self.preset.prompts}", notes))), provenance()["versions"])
 
 
 def shapes_entries(world, n, how, seed):
@@ -202,21 +216,25 @@ def benchmark(
     "Choose the clips and prompts of a preset; ValueError where data and preset do not fit or clips are too few."
     own, shown = pick(PRESETS, preset, "preset"), []
     if (own.dataset == "Moving Shapes") != (not data): raise ValueError(f"preset={preset!r} is one of {own.dataset} and data={data!r}: " + ("Moving Shapes is rendered, leave data empty" if data else "give the folder of a copy as data="))
-    frames, lots, bad, others = min(own.frames, size[0]), np.random.default_rng(seed), {}, None
+    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for the {own.real} of the preset")
+    if size[0] < own.frames: warnings.warn(f"preset={preset!r} takes {own.frames} frames, here {size[0]} are: another protocol", stacklevel=2)
+    frames, lots, bad, others, wanted = min(own.frames, size[0]), np.random.default_rng(seed), {}, None, n or own.real
     if data:
         read = {"MSR-VTT": read_msrvtt, "UCF-101": read_ucf101}[own.dataset]
         found, bad = long_enough(read(data, own.split), frames, own.stride)
-        how = ("random" if n < len(found) else "all") if n and own.choice == "all" else own.choice
-        entries = [found[i] for i in choose([e.label for e in found], n or own.real, how, seed)]
+        if len(found) < wanted: raise ValueError(f"preset={preset!r} takes {wanted} clips, {data} has {len(found)} that can be used" + (f" and {len(bad)} that cannot ({list(bad.values())[0]})" if bad else "") + f": give n={len(found)} for another protocol with these")
+        how = "random" if own.choice == "all" and len(found) > wanted else own.choice
+        entries = [found[i] for i in choose([e.label for e in found], wanted, how, seed)]
         if bad: warnings.warn(f"{len(bad)} of {len(found) + len(bad)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2)
-        real, geometry = (lambda numbers: torch.stack([read_entry(entries[i], frames, own.stride, geometry) for i in numbers])), own.geometry
+        geometry, real_geometry = own.geometry, own.real_geometry or own.geometry
+        real = lambda numbers: torch.stack([read_entry(entries[i], frames, own.stride, real_geometry) for i in numbers])
     else:
         worlds = [MovingShapes("test", s, frames=frames, size=size[1:]) for s in (seed, seed + 1)]
-        (numbers, shown, entries), (further, _, _) = (shapes_entries(world, n or own.real, own.choice, seed) for world in worlds)
+        (numbers, shown, entries), (further, _, _) = (shapes_entries(world, wanted, own.choice, seed) for world in worlds)
         real, others = (lambda which: worlds[0].batch([numbers[i] for i in which]).clips), (lambda which: worlds[1].batch([further[i] for i in which]).clips)
-        geometry = f"{size[1]}x{size[2]} as rendered"
+        geometry = real_geometry = f"{size[1]}x{size[2]} as rendered"
     prompts = [PROMPTS[own.prompts](entry, lots.random()) for entry in entries]
-    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real, others, bad)
+    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real_geometry, real, others, bad)
 
 # %% ../nbs/13_scores.ipynb #13s-31
 def _part_of(folder, first, last): return folder / f"part-{first:07d}-{last:07d}.safetensors"
@@ -246,13 +264,18 @@ def collect(
     ranges = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
     for mine in progress([r for i, r in enumerate(ranges) if i % world == rank], label):
         path = _part_of(folder, mine.start, mine.stop)
-        if path.exists(): continue
+        if path.exists():
+            with safe_open(path, "pt") as file: had = int(file.metadata()["frames"])
+            frames = frames or had
+            if had != frames: raise ValueError(f"{path} holds features of clips of {had} frames, the others have {frames}: give another folder, or remove it")
+            continue
         clips = make(mine)
+        if not isinstance(clips, torch.Tensor) or clips.ndim != 5: raise TypeError(f"for the numbers {mine.start} to {mine.stop - 1} came {getattr(clips, 'shape', type(clips).__name__)}: give clips `b 3 t h w`")
         if len(clips) != len(mine): raise ValueError(f"{len(clips)} clips came for the numbers {mine.start} to {mine.stop - 1}: {len(mine)} are needed")
         frames = frames or clips.shape[2]
         if clips.shape[2] != frames: raise ValueError(f"clips {mine.start} to {mine.stop - 1} have {clips.shape[2]} frames, the others {frames}: give clips of one length")
         found = {f"{name} {what}": value.cpu().contiguous() for name, extractor in extractors.items() for what, value in extractor(clips).items()}
-        with atomic_path(path) as temp: save_file(found, temp)
+        with atomic_path(path) as temp: save_file(found, temp, dict(frames=str(frames)))
     if processes is not None: processes.wait_for_everyone()
     missing = [r for r in ranges if not _part_of(folder, r.start, r.stop).exists()]
     if missing: raise RuntimeError(f"{len(missing)} of {len(ranges)} parts are missing in {folder}: run it again, what is there is kept")
@@ -265,15 +288,26 @@ def collected(
 ) -> torch.Tensor:       # `n …`
     "What was collected under a name, in the order of the clips."
     note, parts = read_json(Path(folder) / "collected.json"), sorted(Path(folder).glob("part-*.safetensors"))
+    if not parts: raise ValueError(f"{folder} holds 0 of {note['n']} clips: collect them first")
     with safe_open(parts[0], "pt") as file: pick(dict.fromkeys(file.keys()), key, "collected")
     rows = torch.cat([load_file(path)[key] for path in parts])
     if len(rows) != note["n"]: raise ValueError(f"{folder} holds {len(rows)} of {note['n']} clips: collect the others first")
     return rows
 
+
+def frechet_between(
+    real: str | Path, generated: str | Path,  # Folders of `collect`
+    key: str,                                 # As of `collected`
+) -> tuple:                                   # Value, low, high
+    "Fréchet distance of two collected sets, with its interval; ValueError where other networks have read them."
+    name = key.split(" ")[0]
+    used = [read_json(Path(folder) / "collected.json")["extractors"].get(name) for folder in (real, generated)]
+    if used[0] != used[1]: raise ValueError(f"{real} was read by {used[0]}, {generated} by {used[1]}: collect both with one extractor")
+    return frechet_interval(collected(real, key), collected(generated, key))
+
 # %% ../nbs/13_scores.ipynb #13s-41
 PEERS = {   # What papers call it, and the hub id
     "modelscope": "ali-vilab/text-to-video-ms-1.7b",
-    "zeroscope": "cerspense/zeroscope_v2_576w",
     "animatediff": "stable-diffusion-v1-5/stable-diffusion-v1-5+guoyww/animatediff-motion-adapter-v1-5-2",
     "cogvideox-2b": "THUDM/CogVideoX-2b",
 }
@@ -283,11 +317,14 @@ def load_peer(
     name: str,  # A row of `PEERS`, or folder or hub id of any text-to-video pipeline of diffusers; IMAGE+ADAPTER for AnimateDiff
 ) -> DiffusionPipeline:
     "A pipeline to compare with; OSError where it is not on this machine and cannot be fetched."
-    base, _, adapter = PEERS.get(name, name).partition("+")
+    name = name.strip()
+    base, _, adapter = (PEERS.get(name, name), "", "") if Path(name).exists() else PEERS.get(name, name).partition("+")
     try:
         with quiet_bars():
             if not adapter: return DiffusionPipeline.from_pretrained(base, use_safetensors=True)
-            return AnimateDiffPipeline.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(adapter, use_safetensors=True), use_safetensors=True)
+            pipe = AnimateDiffPipeline.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(adapter, use_safetensors=True), use_safetensors=True)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", steps_offset=1)   # what its motion was trained with, not the image model's
+        return pipe
     except (OSError, ValueError) as error: raise OSError(f"baseline {name!r} cannot be read ({error}): give the folder or hub id of a pipeline of diffusers in safetensors, or one of {', '.join(PEERS)}") from error
 
 
@@ -307,3 +344,40 @@ def clips_of(
         if clips.shape[2] < frames: raise ValueError(f"the pipeline makes {clips.shape[2]} frames, the protocol takes {frames}: ask it for more")
         return torch.stack([fit_frames(clip, geometry) for clip in to_uint8(clips[:, :, :frames].cpu() * 2 - 1)])
     return make
+
+# %% ../nbs/13_scores.ipynb #13s-51
+def weights_digest(pipe: DiffusionPipeline) -> str:
+    "Checksum of all weights of a pipeline."
+    parts = [part for _, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
+    return tensors_digest([value for part in parts for value in part.state_dict().values()])
+
+
+def collect_models(
+    bench: Benchmark,
+    extractors: dict,        # Name to `Extractor`
+    pipe: VideoDenoiser,     # The model, "ours"
+    baselines: str,          # Names that `load_peer` knows, with commas
+    folder: str | Path,      # Of the features, a folder for each set
+    steps: int,              # Denoising steps, of all models alike
+    guidance: float,
+    seed: int = 0,
+    batch: int = 8,
+    processes: PartialState | None = None,
+) -> tuple:                  # Name to the folder of its features; name to what its protocol says of how it was made
+    "Collect what a table compares; other pipelines at the size that they were trained at, on Moving Shapes at its size."
+    t, h, w = pipe.trained_size
+    device = next(iter(extractors.values())).parameters().__next__().device
+    chosen = dict(clips=list_hash([*bench.names, *bench.prompts]), geometry=bench.geometry, real_geometry=bench.real_geometry)
+    def gather(name, make, **about): return collect(extractors, make, len(bench), Path(folder) / re.sub(r"[^\w.]+", "-", name), batch, bench.frames, processes, name, chosen | about)
+    sets, made = {"real": gather("real", bench.real)}, {"real": {}}
+    if bench.others:
+        name = "real, others of the same kind"
+        sets[name], made[name] = gather(name, bench.others), {}
+    for name in ["ours", *filter(None, (part.strip() for part in baselines.split(",")))]:
+        model = pipe if name == "ours" else load_peer(name).to(device)
+        model.set_progress_bar_config(disable=True)
+        shape = dict(height=h, width=w) if name == "ours" or bench.others else {}
+        made[name] = dict(seed=seed, size=f"{t}x{h}x{w}" if shape else f"{t} frames of its own size", sampler=type(model.scheduler).__name__, steps=steps, guidance=guidance)
+        draw = clips_of(model, bench.prompts, bench.frames, bench.geometry, seed, num_frames=t, num_inference_steps=steps, guidance_scale=guidance, **shape)
+        sets[name] = gather(name, draw, weights=weights_digest(model), **made[name])
+    return sets, made
