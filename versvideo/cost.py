@@ -92,7 +92,7 @@ class PartialConv(MultiExcitationConv):
     def gate(self, z): return self.scale * sum(1 + getattr(self, name)(z) for name in BRANCHES.values() if hasattr(self, name))
 
 
-BRANCHES = {"spatial": "where", "channel": "which", "motion": "when"}   # Equations (2) to (5), and their module in a MEC
+BRANCHES = {"spatial": "where", "channel": "which", "motion": "when"}   # Equations (3) to (5), and their module in a MEC
 
 
 def without_excitations(
