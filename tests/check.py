@@ -1,6 +1,6 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs | drift`, and `ship` and `again`.
+"""Checks beyond unit tests: `check.py sync | installed | runs | drift | again`, and `ship`.
 
-None of them changes a file of the working tree, except `ship` and `again`, which are there for it.
+None of them changes a file of the repository, except `ship`, which is there to do that.
 """
 
 import difflib
@@ -161,7 +161,7 @@ def ship(unet: str, vae: str, image_vae: str, clip: str, classifier: str, contro
 
 
 def again(run: str) -> None:
-    "Execute a run of results/ again, with the parameters of its record, in its place; then `drift`."
+    "Execute a run of results/ again, in out/again, with the parameters of its record; compare."
     record = REPO / f"results/{run}.ipynb"
     if not record.exists():
         known = ", ".join(sorted(path.stem for path in record.parent.glob("*.ipynb")))
@@ -169,21 +169,24 @@ def again(run: str) -> None:
     given = [c for c in nbformat.read(record, 4).cells
              if "injected-parameters" in c.metadata.get("tags", [])]
     values = {name: value for cell in given for name, value in defaults(cell.source).items()}
+    new = REPO / "out/again" / run
+    shutil.rmtree(new, ignore_errors=True)  # nothing is taken over from a run before
+    values |= {"out": new} | ({"runs": new / "runs"} if values.get("runs") else {})
     processes = read_json(record.with_suffix("") / "config.json").get("processes", 1)
     torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node", processes, "--no_python"]
     command = [*(torchrun if processes > 1 else []), sys.executable,
-               REPO / "tests/run_notebook.py", f"nbs/{run.partition('-')[0]}.ipynb", record,
-               *(f"{name}={value}" for name, value in values.items())]
+               REPO / "tests/run_notebook.py", f"nbs/{run.partition('-')[0]}.ipynb",
+               new.with_suffix(".ipynb"), *(f"{name}={value}" for name, value in values.items())]
     env = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
     if subprocess.run(list(map(str, command)), cwd=REPO, env=os.environ | env).returncode:
         raise SystemExit(1)
-    call(BIN / "nbdev_clean", "--fname", record, cwd=REPO)
-    drift(run)
+    before, after = (read_json(f / "metrics.json") for f in (record.with_suffix(""), new))
+    report_drift({run: drifted(before, after)})
 
 
 def drift(*runs: str) -> None:
     "Compare the numbers of runs, all of results/ by default, with those that were last committed."
-    found = []
+    found = {}
     for path in sorted((REPO / "results").glob("*/metrics.json")):
         name = path.parent.name
         if runs and name not in runs:
@@ -192,11 +195,19 @@ def drift(*runs: str) -> None:
                                capture_output=True, text=True)
         if shown.returncode:
             print(f"{name}: not committed, nothing to compare with")
-            continue
-        found += (drifts := [(name, *d) for d in drifted(json.loads(shown.stdout), read_json(path))])
-        print(f"{name}: {len(drifts) or 'no'} numbers drifted", flush=True)
-    if found:
-        raise SystemExit("\n".join(f"{run}: {name} was {old}, is {new}" for run, name, old, new in found))
+        else:
+            found[name] = drifted(json.loads(shown.stdout), read_json(path))
+    report_drift(found)
+
+
+def report_drift(found: dict) -> None:
+    "Print how many numbers of each run drifted; SystemExit naming them where some did."
+    for run, changes in found.items():
+        print(f"{run}: {len(changes) or 'no'} numbers drifted", flush=True)
+    lines = [f"{run}: {name} was {old}, is {new}" for run, changes in found.items()
+             for name, old, new in changes]
+    if lines:
+        raise SystemExit("\n".join(lines))
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:

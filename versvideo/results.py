@@ -50,7 +50,7 @@ def table(
     return show_table([{"run": run["run"], **{c: run.get(c) for c in columns}} for run in runs])
 
 # %% ../nbs/15_results.ipynb #15-21
-NUMBER = re.compile(r"(?<![\w./×])[-+]?\d+(?:\.\d+)?(?: ?%)?(?![\w×])")
+NUMBER = re.compile(r"(?<![\w./×-])([-+]?\d+(?:\.\d+)?)( ?%| minutes\b)?(?![\w×])")
 RUN = re.compile(r"results/([\w-]+)")
 
 
@@ -72,17 +72,15 @@ def unfounded_numbers(
         runs = sorted(set(RUN.findall(block))) or (runs if block.lstrip().startswith("|") else [])
         known = []
         for run in runs:
-            files = sorted(path for path in (repo_path(folder) / run).glob("*") if path.suffix in (".json", ".csv"))
+            files = [path for path in sorted((repo_path(folder) / run).glob("*")) if path.suffix == ".json" or path.suffix == ".csv" and path.stem not in ("curve", "readings")]
             if not files: raise FileNotFoundError(f"results/{run} is linked to and has no config.json or metrics.json")
             known += [v for path in files for v in _values(read_json(path) if path.suffix == ".json" else path.read_text())]
-        bare = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", block)
-        for token in NUMBER.findall(bare):
-            share, digits = token.endswith("%"), token.rstrip(" %")
-            if "." not in digits and not share: continue
-            if not runs and not share: continue
-            places, value = len(digits.partition(".")[2]), float(digits)
+        bare = re.sub(r"`[^`]*`|\]\([^)]*\)|Python [\d.]+( to [\d.]+)?", " ", block)
+        for digits, unit in NUMBER.findall(bare):
+            if "." not in digits and not unit: continue   # a count
+            places, value, factor = len(digits.partition(".")[2]), float(digits), {"%": 100, "minutes": 1 / 60}.get(unit.strip(), 1)
             fits = lambda v, value=value, places=places: abs(abs(v) - abs(value)) <= 0.5001 * 10**-places
-            if not any(fits(v) or fits(100 * v) or (not share and fits(v / 60)) for v in known): found.append((token, block.strip()[:60]))
+            if not any(fits(v) or fits(factor * v) for v in known): found.append((digits + unit, block.strip()[:60]))
     return found
 
 # %% ../nbs/15_results.ipynb #15-31
