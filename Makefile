@@ -92,6 +92,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
 	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 out=results/43_follow-XS
+	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
 	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb results/$$i-XS.ipynb \
