@@ -144,7 +144,7 @@ class VersVideoControlNet(LayeredModel):
     def adapt(self, name, clip, share, memory=None):
         "Features of a condition; of clips that have no share of it, zeros, which cost nothing."
         if memory is not None:   # all clips, as a later step may ask for others
-            if name not in memory: memory[name] = self._run(self.adapters[name], clip)
+            if name not in memory or len(memory[name]) != len(clip): memory[name] = self._run(self.adapters[name], clip)   # guidance may go off on the way
             return memory[name]
         used = (share > 0).any(1)
         if used.all(): return self._run(self.adapters[name], clip)
@@ -200,10 +200,12 @@ def as_pictures(
     several = isinstance(image, (list, tuple)) or (isinstance(image, (torch.Tensor, np.ndarray)) and image.ndim == 4)
     pictures = []
     for one in image if several else [image]:
+        if isinstance(one, Image.Image) and 0 in one.size: raise ValueError(f"{name} holds a picture of {one.size[0]}x{one.size[1]} pixels: give one with at least one")
         if isinstance(one, Image.Image): one = picture_tensor(one)
-        if isinstance(one, np.ndarray) and one.ndim == 3: one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
+        if isinstance(one, np.ndarray) and one.ndim != 3: raise ValueError(f"{name} holds an array of shape {one.shape}: an array is `h w 3`")
+        if isinstance(one, np.ndarray): one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
         if not isinstance(one, torch.Tensor): raise TypeError(f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`")
-        if one.ndim != 3 or one.shape[0] != 3: raise ValueError(f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`")
+        if one.ndim != 3 or one.shape[0] != 3 or 0 in one.shape: raise ValueError(f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`")
         if one.dtype != torch.uint8:
             if not one.is_floating_point() or not (one.min() >= 0 and one.max() <= 1): raise ValueError(f"{name} has values outside [0, 1]: give floats of that range, or uint8")
             one = (one * 255).round().byte()

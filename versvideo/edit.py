@@ -34,12 +34,14 @@ class Edit:
         return {"input": self.clip[0] / 127.5 - 1, **seen, f"result: {self.prompt}": self.result[0]}
 
 
-def check_names(pipe, conditions, options) -> tuple:
-    "Names of conditions, each one that the model was trained on and each with options one of them; ValueError otherwise."
-    names = tuple(filter(None, conditions.split(","))) if isinstance(conditions, str) else tuple(conditions)
+def check_names(pipe, conditions, options, **settings) -> tuple:
+    "Names of conditions, each one that the model was trained on, and each with options or settings one of them; ValueError otherwise."
+    names = tuple(filter(None, (name.strip() for name in conditions.split(",")))) if isinstance(conditions, str) else tuple(conditions)
     if names and pipe.controlnet is None: raise ValueError("conditions need a pipeline with a ControlNet: train one with nbs/22_train_controlnet.ipynb")
     for name in names: pick(pipe.controlnet.config.conditions, name, "condition")
     for name in options or {}: pick(dict.fromkeys(names), name, "condition with options")
+    for what, given in settings.items():
+        for name in given if isinstance(given, dict) else (): pick(dict.fromkeys(names), name, f"condition of {what}")
     return names
 
 
@@ -97,11 +99,16 @@ def edit_files(
     if not video.exists(): raise FileNotFoundError(f"video={str(video)!r} does not exist: give a video file, or a folder of them")
     if video.is_dir() and video.resolve() == Path(folder).resolve(): raise ValueError(f"the results would lie among the videos of {str(video)!r}, and be edited the next time: give another folder for them")
     paths = sorted(p for p in video.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if video.is_dir() else [video]
-    check_names(pipe, arguments.get("conditions", ()), arguments.get("options"))
+    check_names(pipe, arguments.get("conditions", ()), arguments.get("options"), **{key: arguments[key] for key in ("condition_scales", "control_start", "control_end") if key in arguments})
+    if arguments.get("style_image") is not None and pipe.style_adapter is None: raise ValueError("a style picture needs a pipeline with a style adapter: train one with nbs/23_train_style.ipynb")
     stems, done = [p.stem for p in paths], Batch()
     for path in paths:
-        try: edit = edit_clip(pipe, read_clip(path, size, fps)[None], prompt, generator=torch.Generator().manual_seed(seed), **arguments)
-        except ValueError as error:
+        try: clip = read_clip(path, size, fps)[None]
+        except (ValueError, OSError) as error:
+            done.bad[path.name] = str(error)
+            continue
+        try: edit = edit_clip(pipe, clip, prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+        except ValueError as error:   # too short for a frame that is asked for
             done.bad[path.name] = str(error)
             continue
         save_edit(edit, folder, f"{path.stem if stems.count(path.stem) == 1 else path.name}-edit", fps)

@@ -430,7 +430,7 @@ class VersVideoPipeline(VideoDenoiser):
                 ("control_start", control_start, 0.0, not controlled),
                 ("control_end", control_end, 1.0, not controlled),
                 ("style_scale", style_scale, 1.0, style_image is None)):
-            if missing and value != default:
+            if missing and not (isinstance(value, (int, float)) and value == default):
                 raise ValueError(f"{name}={value!r} has nothing to count for: give "
                                  f"{'style_image' if name == 'style_scale' else 'conditions'}")
         if controlled and self.controlnet is None:
@@ -465,12 +465,12 @@ class VersVideoPipeline(VideoDenoiser):
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start,
                             control_end, shape, self._execution_device) if conditions else None
         style = None if style_image is None else self.encode_style(style_image, len(positive))
-        for name in plan.idle(num_inference_steps) if plan else ():
-            warnings.warn(f"condition {name!r} counts at none of {num_inference_steps} steps: move "
-                          "control_start or control_end, or take more steps", stacklevel=2)
         latents = start_latents(shape, generator, latents, self._execution_device)
         set_timesteps(self.scheduler, num_inference_steps, latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        for name in plan.idle(self._num_timesteps) if plan else ():
+            warnings.warn(f"condition {name!r} counts at none of {self._num_timesteps} steps: move "
+                          "control_start or control_end, or take more steps", stacklevel=2)
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),

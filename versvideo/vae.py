@@ -151,6 +151,8 @@ def as_clips(
     "Latents as clips; ValueError where they can be none."
     if z.ndim not in (4, 5) or z.shape[1] != channels:
         raise ValueError(f"z has shape {tuple(z.shape)}: give `b c t h w`, or frames `(b t) c h w`, with c={channels}")
+    if 0 in z.shape: raise ValueError(f"z has shape {tuple(z.shape)}: give at least one frame of one clip")
+    if num_frames is not None and not isinstance(num_frames, int): raise TypeError(f"num_frames={num_frames!r}: give a whole number")
     if z.ndim == 5:
         if num_frames not in (None, z.shape[2]): raise ValueError(f"num_frames={num_frames}, but z has {z.shape[2]} frames: leave num_frames out")
         return z

@@ -66,7 +66,8 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
 
 def _write_pictures(frames: np.ndarray, path: Path, fps: float, kind: str, **options) -> None:
     first, *others = [Image.fromarray(frame) for frame in frames]
-    milliseconds = max(20, 10 * round(100 / fps))
+    unit = 10 if kind == "GIF" else 1   # milliseconds; what is rounded at one frame is made up for at the next
+    milliseconds = np.maximum(2 * unit, unit * np.diff(np.round(1000 / unit * np.arange(len(frames) + 1) / fps))).astype(int).tolist()
     first.save(path, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
 
 # %% ../nbs/08_video.ipynb #08-10
@@ -90,13 +91,13 @@ def write_video(
 
 # %% ../nbs/08_video.ipynb #08-14
 def _read_pictures(path: Path) -> tuple:
-    "All frames `t h w 3`, and the second at which each begins."
+    "All frames `t h w 3`, and the second at which each begins, and the last one ends."
     try:
         with Image.open(path) as file:
-            read = [(_seek(file, i), file.info.get("duration", 100) / 1000) for i in range(file.n_frames)]
+            read = [(_seek(file, i), file.info.get("duration", 100) / 1000) for i in range(getattr(file, "n_frames", 1))]
             frames, lasting = zip(*read, strict=True)
-            return np.stack(frames), np.cumsum([0, *lasting[:-1]])
-    except (OSError, SyntaxError) as error:
+            return np.stack(frames), np.cumsum([0, *lasting])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: it is damaged or something else") from error
 
 
@@ -132,16 +133,17 @@ def read_video(
         raise FileNotFoundError(f"{path} does not exist: check the path")
     if path.suffix.lower() in (".gif", ".webp"):
         pixels, times = _read_pictures(path)
-        pixels = pixels[_chosen(times, frames, path, stride, fps)]
+        pixels = pixels[_chosen(times[:-1], frames, path, stride, fps, times[-1])]
     else:
         pixels = _decord_frames(path, frames, stride, fps)
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous()
 
 
-def _chosen(times, frames, path, stride, fps):
-    "Indices of the frames asked for, from the second at which each begins; at a steady rate, those that are on the screen then."
+def _chosen(times, frames, path, stride, fps, end=None):
+    "Indices of the frames asked for, from the second at which each begins; at a steady rate, those that are on the screen then, up to the end where it is known."
     if fps is None: return _spaced(len(times), frames, path, stride)
-    steady = times[0] + np.arange(1 + int((times[-1] - times[0]) * fps + 1e-3)) / fps
+    count = 1 + int((times[-1] - times[0]) * fps + 1e-3) if end is None else max(1, round((end - times[0]) * fps))
+    steady = times[0] + np.arange(count) / fps
     return (np.searchsorted(times, steady[:frames] + 1e-3, side="right") - 1).tolist()
 
 
@@ -154,8 +156,17 @@ def _decord_frames(path: Path, frames: int | None, stride: int | None, fps: floa
         reader = decord.VideoReader(str(path), num_threads=1)
         times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
         return np.stack([_rgb(reader[i].asnumpy()) for i in _chosen(times, frames, path, stride, fps)])
-    except (decord.DECORDError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
+    except (decord.DECORDError, RuntimeError): return _av_frames(path, frames, stride, fps)   # AV1 is beyond decord's FFmpeg
+
+
+def _av_frames(path, frames, stride, fps):
+    "The same by PyAV: slower, of more kinds of video."
+    try:
+        with av.open(str(path)) as file: times = np.array([float(frame.time) for frame in file.decode(video=0)])
+        wanted = _chosen(times, frames, path, stride, fps)
+        with av.open(str(path)) as file: kept = {i: np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for i, frame in enumerate(file.decode(video=0)) if i in wanted}
+    except (av.FFmpegError, IndexError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
+    return np.stack([kept[i] for i in wanted])
 
 
 def _rgb(frame: np.ndarray) -> np.ndarray:
@@ -164,7 +175,7 @@ def _rgb(frame: np.ndarray) -> np.ndarray:
     return frame.reshape(h, -1)[:, : 3 * w].reshape(h, w, 3)
 
 # %% ../nbs/08_video.ipynb #08-31
-VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
+VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".3gp")
 
 
 class FolderClips(NamedTuple):
@@ -200,7 +211,7 @@ def read_clip(
 
 
 def read_folder(
-    folder: str | Path,      # With .mp4, .gif, .webm, .mov, .avi or .mkv in it
+    folder: str | Path,      # With files of `VIDEO_SUFFIXES` in it
     frames: int,             # Of each clip
     size: tuple[int, int],   # Height and width of each clip
     stride: int = 1,         # Every so many frames of a video
@@ -213,7 +224,7 @@ def read_folder(
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_SUFFIXES):
         try:
             clips[path.name] = cover(read_video(path, frames, stride), size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad[path.name] = str(error).replace(str(path), path.name)
     if bad:
         warnings.warn(f"{len(bad)} of {len(clips) + len(bad)} videos left out: {'; '.join(bad.values())}", stacklevel=2)
@@ -223,7 +234,9 @@ def read_folder(
 
 # %% ../nbs/08_video.ipynb #08-35
 def picture_tensor(image: Image.Image) -> torch.Tensor:
-    "A PIL image as it is shown, uint8 `3 h w`: turned as its camera says, what is transparent on white."
+    "A PIL image as it is shown, uint8 `3 h w`: turned as its camera says, what is transparent on white; of 16 bits a pixel the upper 8."
+    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"): raise ValueError(f"its pixels are of PIL's mode {image.mode}, whose range is not known: save it with 8 or 16 bits a pixel")
     image = ImageOps.exif_transpose(image).convert("RGBA")
     return torch.from_numpy(np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))).permute(2, 0, 1).contiguous()
 
@@ -235,5 +248,5 @@ def read_picture(
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist: check the path")
     try:
         with Image.open(path) as file: return picture_tensor(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error}): give a PNG, a JPEG or another format of PIL") from error
