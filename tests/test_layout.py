@@ -36,7 +36,8 @@ ORDER = [
     {"weights", "plan"},
     {"cost", "controlnet"},
     {"pipeline"},
-    {"trainers", "edit", "features", "scores"},
+    {"trainers", "edit", "features"},
+    {"scores"},
     {"results", "ablation"},
 ]
 
