@@ -54,6 +54,15 @@ def parse(arguments: list[str], known: dict) -> dict:
     return values
 
 
+def leave_out_paths(notebook: nbformat.NotebookNode) -> None:
+    "What cells printed, without the folders of this machine."
+    places = {str(REPO): ".", sys.prefix: ".venv", tempfile.gettempdir(): "temporary"}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            for place, name in places.items() if "text" in output else ():
+                output["text"] = output["text"].replace(f"{place}/", f"{name}/")
+
+
 def run(notebook: str, output: str, arguments: list[str]) -> None:
     "Execute `notebook` and write it to `output`, both relative to the repository."
     cell, = parameter_cells(nbformat.read(notebook, as_version=4))
@@ -68,6 +77,7 @@ def run(notebook: str, output: str, arguments: list[str]) -> None:
         print(f"\nThe notebook up to the error: {unfinished}", file=sys.stderr)
         raise
     executed.metadata.papermill["output_path"] = output
+    leave_out_paths(executed)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one writes
         with atomic_path(output) as temp:
             nbformat.write(executed, temp)

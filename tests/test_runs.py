@@ -8,8 +8,8 @@ from pathlib import Path
 import check
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
-from run_notebook import defaults, parameter_cells, parse
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from run_notebook import defaults, leave_out_paths, parameter_cells, parse
 
 from versvideo.results import read_runs
 
@@ -177,6 +177,13 @@ def test_run_writes_the_executed_notebook(tmp_path, notebook):
     assert done.returncode == 0, done.stderr
     assert "smoke 3" in done.stdout and done.stdout.splitlines()[-1].endswith(" s")
     assert result_faults(tmp_path / "20_train-XS-s0.ipynb", notebook.parent) == []
+
+
+def test_folders_of_the_machine_are_left_out():
+    cell = new_code_cell(outputs=[new_output("stream", text=f"{sys.prefix}/lib/x.py and {REPO}/nbs"),
+                                  new_output("display_data", data={"image/png": "/"})])
+    leave_out_paths(new_notebook(cells=[cell]))
+    assert cell.outputs[0].text == ".venv/lib/x.py and ./nbs"
 
 
 @pytest.mark.parametrize(("argument", "message"), [
