@@ -612,7 +612,7 @@ def test_embedded_weights_are_small_and_half():
     folder = Path(str(resources.files("versvideo"))) / "weights" / "XS"
     files = list(folder.rglob("*.safetensors"))
     assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "image_encoder", "image_vae",
-                                              "classifier", "controlnet"}
+                                              "classifier", "controlnet", "style_adapter"}
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 25e6
     for file in files:
         with safe_open(file, "pt") as weights:
