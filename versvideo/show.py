@@ -82,7 +82,7 @@ def contact_sheet(
 def _show_jpeg(picture: Image.Image, path: str | Path | None) -> None:
     "Display `picture` where there is a notebook, and write it to `path` where there is one."
     data = io.BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=80)
+    picture.convert("RGB").save(data, "JPEG", quality=55, optimize=True)   # pixels are shown doubled, so little is lost
     if path is not None:
         with atomic_path(path) as temp:
             temp.write_bytes(data.getvalue())
