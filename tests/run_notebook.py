@@ -56,7 +56,7 @@ def parse(arguments: list[str], known: dict) -> dict:
 
 def leave_out_paths(notebook: nbformat.NotebookNode) -> None:
     "What cells printed, without the folders of this machine."
-    places = {str(REPO): ".", sys.prefix: ".venv", tempfile.gettempdir(): "temporary"}
+    places = {sys.prefix: ".venv", str(REPO): ".", tempfile.gettempdir(): "temporary"}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             for place, name in places.items() if "text" in output else ():

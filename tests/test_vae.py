@@ -262,15 +262,15 @@ def test_default_windows_of_the_embedded_decoder(embedded):
 
 @torch.no_grad()
 def test_embedded_decoder_against_the_image_decoder(embedded):
-    "The marks of results/42_reconstruction-XS, on a few other unseen clips; single frames are not worse."
+    "Less flicker, closer, on a few unseen clips of each kind; single frames are not worse."
     vae, image = embedded
     encoder = [k for k in image.state_dict() if k.startswith(("encoder.", "quant_conv."))]
     assert all(torch.equal(vae.state_dict()[k], image.state_dict()[k]) for k in encoder)
-    for world in (MovingShapes, MovingShapes.full):
+    for world, share in ((MovingShapes, 0.7), (MovingShapes.full, 0.85)):
         clips = world("test", seed=1, frames=16, size=(64, 64)).batch(range(8)).clips
         z, real = encode_clips(image, clips), clips / 127.5 - 1
         new, old = decode_latents(vae, z), decode_latents(image, z)
-        assert flicker(new, real).mean() < 0.7 * flicker(old, real).mean()
+        assert flicker(new, real).mean() < share * flicker(old, real).mean()
         assert psnr(new, real).mean() > psnr(old, real).mean() + 0.5
         one = decode_latents(vae, z[:, :, 5:6])
         assert psnr(one, real[:, :, 5:6]).mean() > psnr(old[:, :, 5:6], real[:, :, 5:6]).mean()
