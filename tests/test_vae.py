@@ -260,20 +260,37 @@ def test_default_windows_of_the_embedded_decoder(embedded):
     assert 0 < difference.abs().max() < 1e-3
 
 
+def eight_decoded(embedded, world):
+    "Latents of unseen clips, the clips, and both decodings."
+    vae, image = embedded
+    clips = world("test", seed=1, frames=16, size=(64, 64)).batch(range(8)).clips
+    z = encode_clips(image, clips)
+    return z, clips / 127.5 - 1, decode_latents(vae, z), decode_latents(image, z)
+
+
 @torch.no_grad()
-def test_embedded_decoder_against_the_image_decoder(embedded):
-    "Less flicker, closer, on a few unseen clips of each kind; single frames are not worse."
+@pytest.mark.parametrize("world", [MovingShapes, MovingShapes.full])
+def test_embedded_decoder_against_the_image_decoder(embedded, world):
+    "The marks of results/42_reconstruction-XS, on a few other unseen clips; single frames are not worse."
     vae, image = embedded
     encoder = [k for k in image.state_dict() if k.startswith(("encoder.", "quant_conv."))]
     assert all(torch.equal(vae.state_dict()[k], image.state_dict()[k]) for k in encoder)
-    for world, share in ((MovingShapes, 0.7), (MovingShapes.full, 0.85)):
-        clips = world("test", seed=1, frames=16, size=(64, 64)).batch(range(8)).clips
-        z, real = encode_clips(image, clips), clips / 127.5 - 1
-        new, old = decode_latents(vae, z), decode_latents(image, z)
-        assert flicker(new, real).mean() < share * flicker(old, real).mean()
-        assert psnr(new, real).mean() > psnr(old, real).mean() + 0.5
-        one = decode_latents(vae, z[:, :, 5:6])
-        assert psnr(one, real[:, :, 5:6]).mean() > psnr(old[:, :, 5:6], real[:, :, 5:6]).mean()
+    z, real, new, old = eight_decoded(embedded, world)
+    assert psnr(new, real).mean() > psnr(old, real).mean() + 0.5
+    one = decode_latents(vae, z[:, :, 5:6])
+    assert psnr(one, real[:, :, 5:6]).mean() > psnr(old[:, :, 5:6], real[:, :, 5:6]).mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("world", [
+    MovingShapes,
+    pytest.param(MovingShapes.full, marks=pytest.mark.xfail(strict=True, reason=(
+        "not reached since the image decoder became better: 0.79 on these clips of everything"))),
+])
+def test_embedded_decoder_flickers_less(embedded, world):
+    "At most 0.7 times the flicker of the image decoder, on each kind of clips by itself."
+    _, real, new, old = eight_decoded(embedded, world)
+    assert flicker(new, real).mean() < 0.7 * flicker(old, real).mean()
 
 
 @torch.no_grad()
