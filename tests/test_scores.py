@@ -139,6 +139,13 @@ def test_pipelines_of_others_are_scored_like_ours(kind, tmp_path):
     assert collected(folder, "mean features").shape == (3, 3)
 
 
+def test_a_motion_adapter_gets_the_schedule_it_was_trained_with(tmp_path):
+    animatediff(tmp_path)
+    pipe = load_peer(f"{tmp_path / 'animatediff'}+{tmp_path / 'adapter'}")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert pipe.scheduler.config.beta_schedule == "linear" and not pipe.scheduler.config.clip_sample
+
+
 def test_i3d_gives_the_published_distance_of_black_and_white():
     "The demonstration of TensorFlow's and StyleGAN-V's I3D: 151.26 on clips of 30 frames."
     file = os.environ.get("VERSVIDEO_I3D", "")
