@@ -32,7 +32,7 @@ from versvideo.metrics import flicker, psnr
 from versvideo.pipeline import WEIGHTS, decode_latents, load_pipeline
 from versvideo.shapes import MovingShapes
 from versvideo.text import load_clip
-from versvideo.trainers import FitConfig, fit, load_image_vae
+from versvideo.trainers import FitConfig, fit, load_decoder, load_image_vae
 from versvideo.vae import (
     TCMVAE,
     DecoderAndCritic,
@@ -508,3 +508,14 @@ def test_other_autoencoders_are_refused(tmp_path):
         for load in loaders:
             with pytest.raises(ValueError, match=type(other).__name__):
                 load(tmp_path)
+
+
+def test_a_decoder_to_go_on_from(tmp_path):
+    image = image_vae()
+    TCMVAE.from_image_vae(image).save_pretrained(tmp_path / "own")
+    image.save_pretrained(tmp_path / "image")
+    assert type(load_decoder(str(tmp_path / "own"), image)) is TCMVAE
+    with pytest.raises(ValueError, match="another encoder"):
+        load_decoder(str(tmp_path / "own"), image_vae())
+    with pytest.raises(ValueError, match="is a AutoencoderKL: give a TCM-VAE"):
+        load_decoder(str(tmp_path / "image"), image)

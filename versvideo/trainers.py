@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'Objective', 'Log', 'checkpoint_step', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'step_seed',
            'require_finite', 'parameter_groups', 'prepare', 'fit', 'process_group', 'run_folder', 'write_run',
            'training_scheduler', 'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of',
-           'load_image_vae', 'load_frozen', 'load_trained']
+           'load_image_vae', 'load_decoder', 'load_frozen', 'load_trained']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import json
@@ -41,7 +41,7 @@ from versvideo.core import (
 from .pipeline import WEIGHTS, VersVideoPipeline, load_pipeline
 from .saved import quiet_bars
 from .unet import SIZES, VersVideoUNet
-from .vae import load_vae
+from .vae import TCMVAE, load_vae
 
 # %% ../nbs/14_trainers.ipynb #14-06
 @dataclass
@@ -325,6 +325,19 @@ def load_image_vae(
     except OSError as error:
         raise FileNotFoundError(f"vae={vae!r}: the image autoencoder of {home} cannot be read ({error}): give its folder or hub id") from error
     if type(model) is not AutoencoderKL: raise ValueError(f"vae={vae!r} is a {type(model).__name__}: give an image autoencoder, an AutoencoderKL")
+    return model
+
+
+def load_decoder(
+    decoder: str,              # Folder or hub id of a TCM-VAE
+    image_vae: AutoencoderKL,  # That it was built around
+) -> TCMVAE:
+    "A trained decoder to go on from, in evaluation mode; ValueError where it decodes latents of another autoencoder."
+    model = load_vae(repo_path(decoder) if repo_path(decoder).is_dir() else decoder)
+    if type(model) is not TCMVAE: raise ValueError(f"decoder={decoder!r} is a {type(model).__name__}: give a TCM-VAE")
+    own, frozen = model.state_dict(), {k: v for k, v in image_vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    if not all(k in own and torch.equal(own[k], v) for k, v in frozen.items()):
+        raise ValueError(f"decoder={decoder!r} has another encoder than the image autoencoder: give the autoencoder it was trained for")
     return model
 
 
