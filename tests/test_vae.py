@@ -515,7 +515,10 @@ def test_a_decoder_to_go_on_from(tmp_path):
     TCMVAE.from_image_vae(image).save_pretrained(tmp_path / "own")
     image.save_pretrained(tmp_path / "image")
     assert type(load_decoder(str(tmp_path / "own"), image)) is TCMVAE
+    other = image_vae()
+    with torch.no_grad():
+        other.encoder.conv_in.bias += 1
     with pytest.raises(ValueError, match="another encoder"):
-        load_decoder(str(tmp_path / "own"), image_vae())
+        load_decoder(str(tmp_path / "own"), other)
     with pytest.raises(ValueError, match="is a AutoencoderKL: give a TCM-VAE"):
         load_decoder(str(tmp_path / "image"), image)
