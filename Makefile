@@ -4,6 +4,7 @@
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
 #                                or one run of results/; says which numbers drifted
+# make readme                    the tables of the README from the records of results/
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ export GIVEN_VIDEO := $(call given,VIDEO)
 export GIVEN_CONDITIONS := $(call given,CONDITIONS)
 export GIVEN_STYLE := $(call given,STYLE)
 
-.PHONY: help quickstart edit test lab results install clean
+.PHONY: help quickstart edit test lab results readme install clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -48,6 +49,9 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python tests/check.py installed
 	$(BIN)/python tests/check.py runs
+
+readme: $(INSTALLED)
+	$(BIN)/python tests/check.py readme
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs

@@ -21,7 +21,7 @@ from run_notebook import defaults
 from versvideo.core import read_json, tensors_digest
 from versvideo.features import ShapesNet
 from versvideo.pipeline import load_pipeline
-from versvideo.results import drifted
+from versvideo.results import drifted, fill_tables
 from versvideo.saved import save_model, save_pipeline
 from versvideo.text import load_clip
 from versvideo.vae import load_vae
@@ -200,6 +200,12 @@ def drift(*runs: str) -> None:
     report_drift(found)
 
 
+def readme() -> None:
+    "Build the tables of the README from the records anew."
+    path = REPO / "README.md"
+    path.write_text(fill_tables(path.read_text()))
+
+
 def report_drift(found: dict) -> None:
     "Print how many numbers of each run drifted; SystemExit naming them where some did."
     for run, changes in found.items():
@@ -218,4 +224,4 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 if __name__ == "__main__":
     {"sync": sync, "installed": installed, "runs": runs, "ship": ship, "again": again,
-     "drift": drift}[sys.argv[1]](*sys.argv[2:])
+     "drift": drift, "readme": readme}[sys.argv[1]](*sys.argv[2:])

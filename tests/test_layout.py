@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from versvideo.results import fill_tables
+
 REPO = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (REPO / "versvideo").rglob("*.py") if p.name != "_modidx.py")
 MEGABYTE = 2**20
@@ -199,6 +201,12 @@ def test_readme_names_every_notebook():
     assert not [link for link in links if not (REPO / link).exists()]
     notebooks = {f"nbs/{path.name}" for path in (REPO / "nbs").glob("*.ipynb")}
     assert notebooks <= set(links)
+
+
+def test_tables_of_the_readme_are_those_of_the_records():
+    readme = (REPO / "README.md").read_text()
+    assert readme.count("<!-- table:") >= 4
+    assert fill_tables(readme) == readme, "make readme"
 
 
 def test_settings_keep_papermill_working():
