@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'psnr', 'ssim', 'flicker', 'edge_f1', 'ClipDistance', 'LpipsDistance', 'perceptual_distance',
-           'with_interval', 'Statistics', 'frechet_distance', 'frechet_interval', 'inception_score', 'check_units',
-           'clipsim', 'fc_consecutive']
+           'with_interval', 'Statistics', 'frechet_distance', 'resampled', 'frechet_interval', 'inception_score',
+           'check_units', 'clipsim', 'fc_consecutive']
 
 # %% ../nbs/13_metrics.ipynb #13m-03
 import importlib.util
@@ -184,16 +184,32 @@ def frechet_distance(
     return max(0., float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
 
 
+def resampled(
+    batches,         # Of rows of features `n d`, any iterable; or all rows
+    resamples: int,
+    rng: np.random.Generator,
+) -> tuple:          # `Statistics` of all rows, and of each resample
+    "A set and its bootstrap resamples in one pass: a row counts as often as a Poisson number of mean 1 says, and nothing but the statistics is kept (Chamandy et al. 2012)."
+    whole, drawn = Statistics(), [Statistics()] * resamples
+    for rows in [batches] if hasattr(batches, "shape") else batches:
+        rows = np.asarray(rows, dtype=np.float64)
+        whole += Statistics(rows)
+        counts = rng.poisson(1., (len(rows), resamples)).T
+        drawn = [one + Statistics(rows.repeat(often, axis=0)) if often.any() else one for one, often in zip(drawn, counts, strict=True)]
+    return whole, drawn
+
+
 def frechet_interval(
-    real, fake,     # Features `n d`
+    real, fake,     # Features `n d`, or an iterable of batches of them
     resamples=100, seed=0,
 ) -> tuple:         # Value, low, high
-    "Fréchet distance and its 95 % bootstrap interval over the clips of both sets; a warning for fewer than 256. Drawing clips twice makes sets poorer and the distance larger; the interval is moved back by that excess."
-    real, fake = (np.asarray(v, dtype=np.float64) for v in (real, fake))
-    if min(len(real), len(fake)) < 256: warnings.warn(f"{len(real)} real and {len(fake)} generated clips: under 256 a Fréchet distance says little, take more", stacklevel=2)
-    rng, value = np.random.default_rng(seed), frechet_distance(real, fake)
-    drawn = np.array([frechet_distance(*(v[rng.integers(len(v), size=len(v))] for v in (real, fake))) for _ in range(resamples)])
-    low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value)
+    """Fréchet distance and its 95 % bootstrap interval over the clips of both sets, in memory that does not grow with their number; a warning for fewer than 256. Drawing clips twice makes sets poorer and the distance larger; the
+    interval is moved back by that excess."""
+    (real, drawn_real), (fake, drawn_fake) = (resampled(rows, resamples, np.random.default_rng((seed, which))) for which, rows in enumerate((real, fake)))
+    if min(real.n, fake.n) < 256: warnings.warn(f"{real.n} real and {fake.n} generated clips: under 256 a Fréchet distance says little, take more", stacklevel=2)
+    value = frechet_distance(real, fake)
+    drawn = np.array([frechet_distance(a, b) for a, b in zip(drawn_real, drawn_fake, strict=True) if min(a.n, b.n) > 1])
+    low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value) if len(drawn) else (value, value)
     return value, max(0., float(low)), float(high)
 
 # %% ../nbs/13_metrics.ipynb #13m-51

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PRESETS', 'PEERS', 'list_hash', 'Protocol', 'Score', 'score_table', 'Preset', 'choose', 'Benchmark',
-           'shapes_entries', 'benchmark', 'collect', 'collected', 'frechet_between', 'load_peer', 'clips_of',
-           'weights_digest', 'collect_models']
+           'shapes_entries', 'benchmark', 'collect', 'parts_of', 'collected', 'frechet_between', 'Source', 'source_of',
+           'fvd', 'load_peer', 'clips_of', 'weights_digest', 'collect_models']
 
 # %% ../nbs/13_scores.ipynb #13s-03
 import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, MotionAdapter
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .core import atomic_path, pick, progress, provenance, read_json, tensors_digest, write_json
 from .data import Entry, fit_frames, long_enough, read_entry, read_msrvtt, read_ucf101
@@ -31,7 +33,7 @@ from .pipeline import VideoDenoiser
 from .saved import quiet_bars
 from .shapes import MovingShapes, captions
 from .show import Table, show_table
-from .video import to_uint8
+from .video import VIDEO_SUFFIXES, to_uint8
 
 # %% ../nbs/13_scores.ipynb #13s-11
 def list_hash(items: Sequence) -> str:
@@ -118,8 +120,7 @@ class Preset:
     "A protocol by name, before anything is counted."
     dataset: str
     split: str
-    generated: int           # Clips
-    real: int                # Clips
+    n: int                   # Clips, as many real as generated
     choice: str              # How the real clips are chosen: first, random, stratified, all
     prompts: str             # A row of `PROMPTS`
     geometry: str
@@ -137,19 +138,19 @@ PROMPTS = {   # Where a prompt comes from: of an `Entry` and a random number in 
     "the name of its class": lambda entry, lot: entry.label,
 }
 PRESETS = {
-    "versvideo-msrvtt": Preset("MSR-VTT", "test", 2990, 2990, "all", "one of its captions, by the seed", "256 centre crop", "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
+    "versvideo-msrvtt": Preset("MSR-VTT", "test", 2990, "all", "one of its captions, by the seed", "256 centre crop", "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
                                assumption="how many real clips FVD takes is not said: all; of each the first 16 frames"),
-    "show1-msrvtt": Preset("MSR-VTT", "test", 2048, 2048, "random", "one of its captions, by the seed", "256 squashed", "Show-1, section 4: these clips for FVD",
+    "show1-msrvtt": Preset("MSR-VTT", "test", 2048, "random", "one of its captions, by the seed", "256 squashed", "Show-1, section 4: these clips for FVD",
                             assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips; how the real clips get their size is not said"),
-    "versvideo-ucf101": Preset("UCF-101", "train+test", 2048, 2048, "stratified", "the words of its class", "256 squashed", "VersVideo, section 3.4, names the data alone",
+    "versvideo-ucf101": Preset("UCF-101", "train+test", 2048, "stratified", "the words of its class", "256 squashed", "VersVideo, section 3.4, names the data alone",
                                assumption="2,048 clips, as Show-1 and PYoCo have for FVD; for IS they take 10,000, n=10000"),
-    "svd-ucf101": Preset("UCF-101", "train+test", 13320, 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix", real_geometry="240x320 centre crop", guidance=7.,
+    "svd-ucf101": Preset("UCF-101", "train+test", 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix", real_geometry="240x320 centre crop", guidance=7.,
                              assumption="real clips in their own 240x320; frames as they come, 25 a second"),
-    "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
+    "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
                                     assumption="the first 16 frames of each clip, where the script starts at random ones"),
-    "styleganv-fvd2048-16f-stratified": Preset("UCF-101", "train+test", 2048, 2048, "stratified", "the name of its class", "256 squashed", "the same, every class as often as in the data"),
-    "shapes-msrvtt": Preset("Moving Shapes", "test", 256, 256, "all", "one of its captions, by the seed", "64 as rendered", "versvideo-msrvtt on combinations held out from training"),
-    "shapes-ucf101": Preset("Moving Shapes", "test", 256, 256, "stratified", "one of its captions, by the seed", "64 as rendered", "versvideo-ucf101 with the motions as classes"),
+    "styleganv-fvd2048-16f-stratified": Preset("UCF-101", "train+test", 2048, "stratified", "the name of its class", "256 squashed", "the same, every class as often as in the data"),
+    "shapes-msrvtt": Preset("Moving Shapes", "test", 256, "all", "one of its captions, by the seed", "64 as rendered", "versvideo-msrvtt on combinations held out from training"),
+    "shapes-ucf101": Preset("Moving Shapes", "test", 256, "stratified", "one of its captions, by the seed", "64 as rendered", "versvideo-ucf101 with the motions as classes"),
 }
 
 
@@ -216,9 +217,9 @@ def benchmark(
     "Choose the clips and prompts of a preset; ValueError where data and preset do not fit or clips are too few."
     own, shown = pick(PRESETS, preset, "preset"), []
     if (own.dataset == "Moving Shapes") != (not data): raise ValueError(f"preset={preset!r} is one of {own.dataset} and data={data!r}: " + ("Moving Shapes is rendered, leave data empty" if data else "give the folder of a copy as data="))
-    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for the {own.real} of the preset")
+    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for the {own.n} of the preset")
     if size[0] < own.frames: warnings.warn(f"preset={preset!r} takes {own.frames} frames, here {size[0]} are: another protocol", stacklevel=2)
-    frames, lots, bad, others, wanted = min(own.frames, size[0]), np.random.default_rng(seed), {}, None, n or own.real
+    frames, lots, bad, others, wanted = min(own.frames, size[0]), np.random.default_rng(seed), {}, None, n or own.n
     if data:
         read = {"MSR-VTT": read_msrvtt, "UCF-101": read_ucf101}[own.dataset]
         found, bad = long_enough(read(data, own.split), frames, own.stride)
@@ -282,17 +283,27 @@ def collect(
     return folder
 
 
-def collected(
+def parts_of(
     folder: str | Path,  # Of `collect`
     key: str,            # Extractor and what of it: "shapes features", "clip frames"
-) -> torch.Tensor:       # `n …`
-    "What was collected under a name, in the order of the clips."
-    note, parts = read_json(Path(folder) / "collected.json"), sorted(Path(folder).glob("part-*.safetensors"))
-    if not parts: raise ValueError(f"{folder} holds 0 of {note['n']} clips: collect them first")
-    with safe_open(parts[0], "pt") as file: pick(dict.fromkeys(file.keys()), key, "collected")
-    rows = torch.cat([load_file(path)[key] for path in parts])
-    if len(rows) != note["n"]: raise ValueError(f"{folder} holds {len(rows)} of {note['n']} clips: collect the others first")
-    return rows
+) -> Iterator:           # Of batches `b …`
+    "What was collected under a name, a batch at a time, in the order of the clips; ValueError where some are missing."
+    note, parts, n = read_json(Path(folder) / "collected.json"), sorted(Path(folder).glob("part-*.safetensors")), 0
+    for path in parts:
+        with safe_open(path, "pt") as file:
+            pick(dict.fromkeys(file.keys()), key, "collected")
+            rows = file.get_tensor(key)
+        n += len(rows)
+        yield rows
+    if n != note["n"]: raise ValueError(f"{folder} holds {n} of {note['n']} clips: collect the others first")
+
+
+def collected(
+    folder: str | Path, key: str,  # As of `parts_of`
+) -> torch.Tensor:                 # `n …`
+    "All that was collected under a name."
+    parts = list(parts_of(folder, key))
+    return torch.cat(parts)
 
 
 def frechet_between(
@@ -303,7 +314,75 @@ def frechet_between(
     name = key.split(" ")[0]
     used = [read_json(Path(folder) / "collected.json")["extractors"].get(name) for folder in (real, generated)]
     if used[0] != used[1]: raise ValueError(f"{real} was read by {used[0]}, {generated} by {used[1]}: collect both with one extractor")
-    return frechet_interval(collected(real, key), collected(generated, key))
+    return frechet_interval(parts_of(real, key), parts_of(generated, key))
+
+# %% ../nbs/13_scores.ipynb #13s-36
+@dataclass
+class Source:
+    "Clips by their numbers, for `collect`, and what a protocol says of them."
+    make: Callable          # Numbers of clips to uint8 `b 3 t h w`
+    n: int
+    names: list             # Of the clips, or one of them all
+    left_out: dict = field(default_factory=dict)  # File name to what is wrong with it
+
+
+def source_of(
+    clips: torch.Tensor | str | Path | Iterable,  # `n 3 t h w`, a folder of videos, or an iterable of clips `3 t h w` or batches `b 3 t h w`; floats in [-1, 1]
+    n: int = 0,                         # The first so many; 0: all, but of a stream
+    frames: int = 16,                   # The first so many
+    stride: int = 1,                    # Every so many frames of the videos of a folder
+    geometry: str = "256 centre crop",  # As of `fit_frames`
+) -> Source:
+    "Clips from anywhere; ValueError where there are fewer, or shorter ones."
+    def fit(batch):
+        if batch.ndim != 5 or batch.shape[2] < frames: raise ValueError(f"clips of shape {tuple(batch.shape)}: give `b 3 t h w` with at least {frames} frames")
+        return torch.stack([fit_frames(clip, geometry) for clip in to_uint8(batch[:, :, :frames])])
+
+    if isinstance(clips, torch.Tensor):
+        if n > len(clips): raise ValueError(f"n={n}, there are {len(clips)} clips")
+        return Source(lambda numbers: fit(clips[numbers.start:numbers.stop]), n or len(clips), [tensors_digest([clips])])
+    if isinstance(clips, (str, Path)):
+        if not Path(clips).is_dir(): raise FileNotFoundError(f"there is no folder {clips}: give one with videos ({', '.join(VIDEO_SUFFIXES)})")
+        files = sorted(path for path in Path(clips).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+        if not files: raise ValueError(f"{clips} holds no video ({', '.join(VIDEO_SUFFIXES)})")
+        good, bad = long_enough([Entry(path) for path in files], frames, stride)
+        if n > len(good): raise ValueError(f"n={n}, {clips} holds {len(good)} videos of {frames} frames at a stride of {stride}" + (f" and {len(bad)} that cannot be used ({list(bad.values())[0]})" if bad else ""))
+        if bad: warnings.warn(f"{len(bad)} of {len(files)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2)
+        good = good[:n or len(good)]
+        return Source(lambda numbers: torch.stack([read_entry(good[i], frames, stride, geometry) for i in numbers]), len(good), [entry.path.name for entry in good], bad)
+    if n < 1: raise ValueError(f"n={n}: say how many clips of the stream to take")
+    stream, at = (clip for batch in clips for clip in (batch if batch.ndim == 5 else batch[None])), 0
+
+    def forward(numbers):
+        nonlocal at
+        if numbers.start < at: raise ValueError(f"clip {numbers.start} is asked for, the stream is at {at} and cannot go back: give it anew")
+        found = list(islice(stream, numbers.start - at, numbers.stop - at))
+        if len(found) < len(numbers): raise ValueError(f"the stream ended before clip {numbers.stop - 1}: {n} are asked for")
+        at = numbers.stop
+        return fit(torch.stack(found))
+    return Source(forward, n, ["a stream"])
+
+
+def fvd(
+    real, generated,                    # Each as of `source_of`
+    extractor: Extractor,               # I3D for the FVD of papers
+    n: int = 0,                         # Clips of each; 0: all, but of a stream
+    frames: int = 16,
+    stride: int = 1,                    # Of videos of a folder
+    geometry: str = "256 centre crop",  # As of `fit_frames`, of both sets
+    folder: str | Path = "",            # For the features, so that a stopped run goes on; empty: a temporary one
+    batch: int = 16,
+    processes: PartialState | None = None,  # Of accelerate, with a folder that all share
+    about: str = "",                    # What the protocol says of the clips: which data, which model
+) -> Score:
+    "Fréchet video distance with its interval and protocol; a warning under 256 clips."
+    sources = dict(real=source_of(real, n, frames, stride, geometry), generated=source_of(generated, n, frames, stride, geometry))
+    if processes is not None and processes.num_processes > 1 and not folder: raise ValueError("several processes need a folder= that all of them share")
+    with tempfile.TemporaryDirectory() as own:
+        sets = [collect(dict(video=extractor), one.make, one.n, Path(folder or own) / name, batch, frames, processes, name, dict(names=list_hash(one.names), geometry=geometry)) for name, one in sources.items()]
+        value = frechet_between(*sets, "video features")
+    return Score(*value, Protocol("FVD", about or "clips as given", "", list_hash([*sources["real"].names, *sources["generated"].names]), sources["real"].n, sources["generated"].n, frames, stride, geometry,
+                                  extractor.name, extractor.checksum, "", "", 0, 0., 0, versions=provenance()["versions"]))
 
 # %% ../nbs/13_scores.ipynb #13s-41
 PEERS = {   # What papers call it, and the hub id
