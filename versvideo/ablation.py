@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'MEASURES', 'Variant', 'Budget', 'held_out_loss', 'made_with', 'train_variant', 'train_all', 'over_seeds',
-           'compare_variants', 'as_record']
+           'compare_variants', 'verdicts', 'as_record']
 
 # %% ../nbs/14_ablation.ipynb #14a-03
 from concurrent.futures import ProcessPoolExecutor
@@ -172,32 +172,45 @@ def compare_variants(
     found: dict,    # Of `train_all`
     baseline: str,  # The variant that the others are held against
     measures: dict = MEASURES,
+    claimed: tuple = (),  # Measures that a verdict is asked for, chosen before the runs; empty: all
 ) -> list:          # A row for each variant and measure
     """Mean of each measure over the seeds, and its difference from the baseline, seed by seed, with intervals.
 
-    The verdict is by a paired t test at 5 % over the whole table: with so many comparisons, some intervals leave out zero by chance (Holm 1979).
+    The verdict is by a paired t test at 5 % over all comparisons with a verdict: of so many, some intervals leave out zero by chance (Holm 1979).
     """
     pick(found, baseline, "baseline")
-    rows, chances = [], []
+    for measure in claimed: pick(measures, measure, "measure")
+    rows, chances, claimed = [], [], claimed or tuple(measures)
     for name, runs in found.items():
         for measure in measures:
             values, base = [r[measure] for r in runs], [r[measure] for r in found[baseline]]
             mean, low, high = over_seeds(values)
             change, below, above = over_seeds(values, base)
-            rows.append(dict(variant=name, measure=measure, value=mean, low=low, high=high) | ({} if name == baseline else dict(difference=change, from_=below, to=above, verdict="not decided")))
+            rows.append(dict(variant=name, measure=measure, value=mean, low=low, high=high) | ({} if name == baseline else dict(difference=change, from_=below, to=above) | (dict(verdict="not decided") if measure in claimed else {})))
             steps = np.subtract(values, base)
-            if name != baseline and steps.any(): chances.append((float(stats.ttest_1samp(steps, 0).pvalue) if steps.std() else 0., len(rows) - 1))
-    tests = len(measures) * (len(found) - 1)
+            if name != baseline and measure in claimed and steps.any(): chances.append((float(stats.ttest_1samp(steps, 0).pvalue) if steps.std() else 0., len(rows) - 1))
+    tests = len(claimed) * (len(found) - 1)
     for rank, (chance, i) in enumerate(sorted(chances)):
         if chance * (tests - rank) > 0.05: break
         rows[i]["verdict"] = "better" if rows[i]["difference"] * measures[rows[i]["measure"]] > 0 else "worse"
     return rows
 
 
+def verdicts(
+    rows: list,  # Of `compare_variants`
+) -> str:
+    "What the table says of each comparison with a verdict, a line each, and how many came out how."
+    asked = [r for r in rows if "verdict" in r]
+    lines = [f"{r['variant']}, {r['measure']}: {r['verdict']}, {r['difference']:+.4g} [{r['from_']:+.4g}, {r['to']:+.4g}]" for r in asked]
+    counts = [f"{sum(r['verdict'] == said for r in asked)} {said}" for said in ("better", "worse", "not decided")]
+    return "\n".join([*lines, f"Of {len(asked)} comparisons: {', '.join(counts)}."])
+
+
 def as_record(rows: list) -> dict:
     "Rows of `compare_variants` by variant and measure, every number with its interval."
     record = {}
     for r in rows:
-        change = dict(difference=dict(value=r["difference"], low=r["from_"], high=r["to"]), verdict=r["verdict"]) if "verdict" in r else {}
+        change = dict(difference=dict(value=r["difference"], low=r["from_"], high=r["to"])) if "difference" in r else {}
+        if "verdict" in r: change["verdict"] = r["verdict"]
         record.setdefault(r["variant"], {})[r["measure"]] = dict(value=r["value"], low=r["low"], high=r["high"]) | change
     return record
