@@ -64,25 +64,26 @@ def contact_sheet(
         raise ValueError(f"{len(titles)} titles for {len(clips)} clips: pass one title a clip")
     strips = [_strip(clip, frames, scale) for clip in clips]
     width = max(strip.width for strip in strips)
-    font = ImageFont.load_default(14)
+    line_height = 14 if scale == 1 else 18
+    font = ImageFont.load_default(line_height - 4)
     texts = [_wrap(title, width, font) for title in titles] if titles else [[]] * len(clips)
     rows = list(zip(strips, texts, strict=True))
-    height = sum(18 * len(text) + strip.height + GAP for strip, text in rows)
+    height = sum(line_height * len(text) + strip.height + GAP for strip, text in rows)
     sheet = Image.new("RGB", (width + 2 * GAP, height + GAP), "white")
     draw, y = ImageDraw.Draw(sheet), GAP
     for strip, text in rows:
         for line in text:
             draw.text((GAP, y), line, fill="black", font=font)
-            y += 18
+            y += line_height
         sheet.paste(strip, (GAP, y))
         y += strip.height + GAP
     return sheet
 
 # %% ../nbs/01_show.ipynb #01-16
-def _show_jpeg(picture: Image.Image, path: str | Path | None) -> None:
-    "Display `picture` where there is a notebook, and write it to `path` where there is one."
+def _show_jpeg(picture: Image.Image, path: str | Path | None, scale: int = 1) -> None:
+    "Display `picture`, `scale` times as wide, where there is a notebook, and write it to `path` where there is one."
     data = io.BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=55, optimize=True)   # pixels are shown doubled, so little is lost
+    picture.convert("RGB").save(data, "JPEG", quality=70, optimize=True)
     if path is not None:
         with atomic_path(path) as temp:
             temp.write_bytes(data.getvalue())
@@ -90,18 +91,19 @@ def _show_jpeg(picture: Image.Image, path: str | Path | None) -> None:
         from IPython.display import Image as Shown
         from IPython.display import display
 
-        display(Shown(data.getvalue(), format="jpeg"))
+        display(Shown(data.getvalue(), format="jpeg", width=scale * picture.width))
 
 
 def show_clips(
     clips: torch.Tensor | list[torch.Tensor],  # `b c t h w`, or a list of `c t h w`
     titles: list[str] | None = None,           # One text a clip
     frames: int = 8,                           # Frames shown of each clip
-    scale: int = 2,                            # Whole number of screen pixels a pixel
-    path: str | Path | None = None,            # JPEG file to write as well
+    scale: int = 2,                            # Screen pixels a pixel, in the notebook
+    path: str | Path | None = None,            # JPEG file to write as well, a pixel a pixel
 ) -> None:
     "Show the contact sheet of some clips as a JPEG in the notebook."
-    _show_jpeg(contact_sheet(clips, titles, frames, scale), path)
+    if scale < 1: raise ValueError(f"scale={scale}: pass 1 or more")
+    _show_jpeg(contact_sheet(clips, titles, frames, 1), path, scale)
 
 # %% ../nbs/01_show.ipynb #01-20
 def plot_curves(
