@@ -105,6 +105,13 @@ class VersVideoControlNet(LayeredModel):
         load_translated(control, {name: p for name, p in unet.state_dict().items() if name in mine}, {})
         return (control if control.dtype == unet.dtype else control.to(unet.dtype)).to(unet.device).train(unet.training)
 
+    def go_on_from(self, trained: "VersVideoControlNet"):
+        "Take the weights of a trained one, its experts merged or not; a condition that it lacks stays new. ValueError where it has others, or other widths."
+        extra = sorted(set(trained.config.conditions) - set(self.config.conditions))
+        if extra: raise ValueError(f"the trained ControlNet has {', '.join(extra)}, which this one lacks: name all of its conditions, {', '.join(trained.config.conditions)}")
+        load_translated(self, trained.state_dict(), {})
+        return self
+
     def new_adapter(self, channels):
         return ConditionAdapter(channels, self.config.block_out_channels[0], tuple(self.config.adapter_channels))
 
