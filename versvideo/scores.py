@@ -135,6 +135,7 @@ class Preset:
 PROMPTS = {   # Where a prompt comes from: of an `Entry` and a random number in [0, 1)
     "one of its captions, by the seed": lambda entry, lot: entry.captions[int(lot * len(entry.captions))],
     "the words of its class": lambda entry, lot: entry.captions[0],
+    "the sentence of its class": lambda entry, lot: entry.captions[-1],
     "the name of its class": lambda entry, lot: entry.label,
 }
 PRESETS = {
@@ -144,6 +145,8 @@ PRESETS = {
                             assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips; how the real clips get their size is not said"),
     "versvideo-ucf101": Preset("UCF-101", "train+test", 2048, "stratified", "the words of its class", "256 squashed", "VersVideo, section 3.4, names the data alone",
                                assumption="2,048 clips, as Show-1 and PYoCo have for FVD; for IS they take 10,000, n=10000"),
+    "versvideo-ucf101-sentences": Preset("UCF-101", "train+test", 2048, "stratified", "the sentence of its class", "256 squashed", "versvideo-ucf101 with a sentence for each class, as PYoCo has",
+                                         assumption="the sentences are ours, in versvideo.data; with others the scores are others"),
     "svd-ucf101": Preset("UCF-101", "train+test", 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix", real_geometry="240x320 centre crop", guidance=7.,
                              assumption="real clips in their own 240x320; frames as they come, 25 a second"),
     "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
