@@ -188,7 +188,7 @@ def test_pins_are_exact_and_allowed(python):
     assert len({r.name for r in pins}) == len(pins)
     pinned = {r.name: str(r.specifier)[2:] for r in pins}
     for key in ("requirements", "video_requirements", "control_requirements", "hed_requirements",
-                "metrics_requirements", "notebooks_requirements"):
+                "metrics_requirements", "data_requirements", "notebooks_requirements"):
         for r in requirements(key):
             assert r.specifier.contains(pinned[r.name]), f"{r.name} {pinned[r.name]}"
     assert {"nbdev", "execnb", "fastcore"} <= pinned.keys()
