@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_path', 'pick', 'writable_folder', 'atomic_path', 'write_json', 'read_json', 'write_csv', 'best_device',
-           'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'progress']
+           'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'sha256_of', 'progress']
 
 # %% ../nbs/00_core.ipynb #00-02
 import contextlib
@@ -254,6 +254,15 @@ def tensors_digest(
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def sha256_of(path: str | Path) -> str:
+    "SHA-256 of a file, of any size."
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #00-35

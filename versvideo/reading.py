@@ -20,8 +20,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from .core import sha256_of
 from .data import fit_frames
-from .features import sha256_of
 from .video import read_picture, read_video
 
 # %% ../nbs/11_reading.ipynb #11r-11
