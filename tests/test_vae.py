@@ -67,14 +67,16 @@ def awake(**changes) -> TCMVAE:
 
 @pytest.mark.parametrize("config", [
     SMALL, SD_SHAPED, SMALL | dict(mid_block_add_attention=False),
-    SMALL | dict(use_quant_conv=False, use_post_quant_conv=False)])
+    SMALL | dict(use_quant_conv=False, use_post_quant_conv=False), SMALL | dict(latent_channels=16)])
 @torch.no_grad()
 def test_starts_as_the_image_decoder_bit_for_bit(config):
     vae = image_vae(**config)
     video = TCMVAE.from_image_vae(vae, **NARROW)
+    z = torch.randn(21, vae.config.latent_channels, 4, 6)   # in windows: as many frames at once, as many roundings
+    assert torch.allclose(video.decode(z).sample, vae.decode(z).sample, atol=1e-4)
     video.set_windows(21, 0)
     for t in (1, 2, 7, 21):
-        z = torch.randn(t, 4, 4, 6)
+        z = torch.randn(t, vae.config.latent_channels, 4, 6)
         assert torch.equal(video.decode(z).sample, vae.decode(z).sample)
         clip = video.decode(z.transpose(0, 1)[None]).sample
         assert torch.equal(clip[0].transpose(0, 1), vae.decode(z).sample)
@@ -252,12 +254,40 @@ def embedded():
 
 @torch.no_grad()
 def test_default_windows_of_the_embedded_decoder(embedded):
-    "Less overlap than twice the reach: what that changes has a bound."
+    "Less overlap than twice the reach, for speed: what that changes has a bound."
     vae, _ = embedded
     clips = MovingShapes.full("test", seed=1, frames=40, size=(64, 64)).batch(range(2)).clips
     z = vae.encode((clips / 127.5 - 1).transpose(1, 2).flatten(0, 1)).latent_dist.mode()
     difference = vae.decode(z, num_frames=40).sample - vae.decode(z, num_frames=40, window=40).sample
-    assert 0 < difference.abs().max() < 1e-3
+    assert 0 < difference.abs().max() < 2e-2 and difference.abs().mean() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames, most, mean", [(12, 0.3, 1e-3), (8, 0.3, 1e-3), (3, 0.5, 5e-3), (1, 0.7, 2e-2)])
+def test_short_calls_of_the_embedded_decoder(embedded, frames, most, mean):
+    "Others' pipelines cut a clip into calls (`decode_chunk_size`): of 2, so much and no worse a picture."
+    vae, _ = embedded
+    real = MovingShapes.full("test", seed=1, frames=16, size=(64, 64)).batch(range(4)).clips / 127.5 - 1
+    z = vae.encode(real.transpose(1, 2).flatten(0, 1)).latent_dist.mode().split(16)
+    whole = torch.cat([vae.decode(clip).sample for clip in z])
+    parts = torch.cat([vae.decode(part).sample for clip in z for part in clip.split(frames)])
+    error = [(x - real.transpose(1, 2).flatten(0, 1)).abs().mean() for x in (parts, whole)]
+    assert 0 < (parts - whole).abs().max() < most and (parts - whole).abs().mean() < mean
+    assert error[0] < (1.15 if frames == 1 else 1.02) * error[1]
+
+
+@torch.no_grad()
+def test_tiles_of_the_embedded_decoder(embedded):
+    "Norms and attention see a tile in place of the frame: on average under 0.03 of 2, a little worse a picture."
+    vae, _ = embedded
+    real = (MovingShapes.full("test", seed=1, frames=4, size=(128, 128)).batch(range(2)).clips / 127.5 - 1).transpose(1, 2).flatten(0, 1)
+    z = vae.encode(real).latent_dist.mode()
+    whole = vae.decode(z, num_frames=4).sample
+    vae.enable_tiling()
+    tiled = vae.decode(z, num_frames=4).sample
+    vae.disable_tiling()
+    assert 0 < (tiled - whole).abs().mean() < 0.03
+    assert (tiled - real).abs().mean() < 1.15 * (whole - real).abs().mean()
 
 
 def eight_decoded(embedded, world):
@@ -508,6 +538,30 @@ def test_other_autoencoders_are_refused(tmp_path):
         for load in loaders:
             with pytest.raises(ValueError, match=type(other).__name__):
                 load(tmp_path)
+
+
+def test_an_image_autoencoder_is_not_loaded_as_one(tmp_path):
+    image_vae().save_pretrained(tmp_path / "vae")
+    for folder, options in ((tmp_path / "vae", {}), (tmp_path, dict(subfolder="vae"))):
+        with pytest.raises(ValueError, match="class AutoencoderKL: build a TCM-VAE around it"):
+            TCMVAE.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_layerwise_casting(dtype):
+    model, z = awake(), torch.randn(3, 4, 4, 4)
+    whole = model.decode(z).sample
+    cast = awake()
+    cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    for half in (model.to(dtype).decode(z.to(dtype)).sample.float(), cast.decode(z).sample):
+        assert (half - whole).abs().mean() < 0.05 * whole.abs().mean()
+
+
+def test_refinement_channels():
+    for channels in ((10, 12), (8, 8, 8)):
+        with pytest.raises(ValueError, match="refinement_channels="):
+            TCMVAE(**SMALL, refinement_channels=channels)
 
 
 def test_a_decoder_to_go_on_from(tmp_path):

@@ -223,14 +223,14 @@ def step_arguments(
 def decode_latents(
     vae: AutoencoderKL,     # Image VAE or TCM-VAE
     latents: torch.Tensor,  # Scaled latents, `b c t h w`
-    chunk: int = 16,        # Frames decoded at a time
+    chunk: int | None = None,  # Frames decoded at a time; None: 16, or what the TCM-VAE's `set_windows` says
 ) -> torch.Tensor:          # Clips in [-1, 1], fp32, `b 3 t h w`
     "Decode a video, undoing the VAE's scaling and shift of the latents."
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     if isinstance(vae, TCMVAE):
         return vae.decode(latents.to(vae.dtype), window=chunk).sample.float().clamp(-1, 1)
     frames = rearrange(latents, "b c t h w -> (b t) c h w").to(vae.dtype)
-    pixels = torch.cat([vae.decode(part).sample.float() for part in frames.split(chunk)])
+    pixels = torch.cat([vae.decode(part).sample.float() for part in frames.split(chunk or 16)])
     return rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)).clamp(-1, 1)
 
 # %% ../nbs/12_pipeline.ipynb #12-31
@@ -408,7 +408,7 @@ class VersVideoPipeline(VideoDenoiser):
         prompt_embeds: torch.Tensor | None = None,           # `b n d` in place of `prompt`
         negative_prompt_embeds: torch.Tensor | None = None,  # `b n d` in place of `negative_prompt`
         output_type: str = "pt",                             # pt, np (`b t h w c`), pil or latent
-        decode_chunk_size: int = 16,                         # Frames decoded at a time
+        decode_chunk_size: int | None = None,                # Frames decoded at a time; None: 16, or the VAE's windows
         return_dict: bool = True,                            # False gives a tuple
         callback_on_step_end: Callable | None = None,        # f(pipe, i, t_idx, tensors) -> changes
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),  # What the callback gets
@@ -444,7 +444,7 @@ class VersVideoPipeline(VideoDenoiser):
                 break
         size = latent_size(num_frames, height, width, self.unet.config.sample_size,
                            self.vae_scale_factor)
-        check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=decode_chunk_size,
+        check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=16 if decode_chunk_size is None else decode_chunk_size,
                      num_videos_per_prompt=num_videos_per_prompt)
         check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000),
                       style_scale=(style_scale, 0, 1000))

@@ -78,7 +78,8 @@ def decoders(folder: Path, *runs: str) -> list:
     rows = []
     for run in runs:
         found, config = (read_json(folder / run / f"{name}.json") for name in ("metrics", "config"))
-        rows.append({"clips": config["n"], "of": config["clips"], "flicker": f"{_interval(found['flicker, ratio'])} times", "PSNR": _interval(found["psnr_db, difference"], "+.2f", " dB"), "SSIM": _interval(found["ssim, difference"], "+.3f")})
+        rows.append({"run": f"[{run}](results/{run}.ipynb)", "clips": config["n"], "flicker": f"{_interval(found['flicker, ratio'])} times"} | {f"flicker, {kind}": f"{_interval(found[f'flicker, ratio, {kind}'])} times" if f"flicker, ratio, {kind}" in found else "" for kind in ("plain", "full")} | { "PSNR": _interval(found["psnr_db, difference"], "+.2f", " dB"), "SSIM": _interval(found["ssim, difference"], "+.3f"),
+                     "perceptual": f"{_interval(found['perceptual, ratio'])} times", "FVD": " against ".join(_interval(next(v for k, v in found[name].items() if k.startswith("FVD"))) for name in ("TCM-VAE", "image decoder"))})
     return rows
 
 

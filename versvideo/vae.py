@@ -12,6 +12,7 @@ __all__ = ['TemporalCompensation', 'RefinementUNet', 'windows', 'in_windows', 'r
 import inspect
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ class RefinementUNet(nn.Module):
     "Adds to decoded frames what the decoder left out; `n c h w` to the same shape (paper 2.3)."
     def __init__(self, image_channels=3, channels=(32, 64), norm_groups=8):
         super().__init__()
+        if len(channels) != 2 or any(c % norm_groups for c in channels): raise ValueError(f"refinement_channels={tuple(channels)}: give two multiples of {norm_groups}, or None for no refinement")
         fine, coarse = channels
         block = lambda c: ResnetBlock2D(in_channels=c, temb_channels=None, groups=norm_groups)
         self.conv_in = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
@@ -71,12 +73,15 @@ def windows(
     size: int,     # Of a window
     overlap: int,  # Of neighbouring windows, at least
 ) -> list:         # (start, stop) to read and (first, last) to keep, for each
-    "Windows that make up the whole; all of the same size, the last one moved back to end with the whole."
+    "As few windows of at most that size as make up the whole, all of one size and evenly spread; neighbours share at least the overlap."
     if size < 1: raise ValueError(f"windows of {size}: choose at least 1")
     if not 0 <= overlap < size: raise ValueError(f"overlap={overlap} of windows of {size}: choose one from 0 to {size - 1}, or larger windows")
-    starts = [0] if total <= size else [*range(0, total - size, size - overlap), total - size]
+    if total <= size: return [((0, total), (0, total))]
+    count = -((overlap - total) // (size - overlap))
+    size = -((overlap - count * overlap - total) // count)
+    starts = [i * (total - size) // (count - 1) for i in range(count)]
     cuts = [0, *((a + size + b) // 2 for a, b in pairwise(starts)), total]
-    return [((start, min(start + size, total)), cut) for start, cut in zip(starts, pairwise(cuts), strict=True)]
+    return [((start, start + size), cut) for start, cut in zip(starts, pairwise(cuts), strict=True)]
 
 
 def in_windows(decode, z, size, overlap):
@@ -152,7 +157,7 @@ def as_clips(
     if z.ndim not in (4, 5) or z.shape[1] != channels:
         raise ValueError(f"z has shape {tuple(z.shape)}: give `b c t h w`, or frames `(b t) c h w`, with c={channels}")
     if 0 in z.shape: raise ValueError(f"z has shape {tuple(z.shape)}: give at least one frame of one clip")
-    if num_frames is not None and not isinstance(num_frames, int): raise TypeError(f"num_frames={num_frames!r}: give a whole number")
+    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral)): raise TypeError(f"num_frames={num_frames!r}: give a whole number")
     if z.ndim == 5:
         if num_frames not in (None, z.shape[2]): raise ValueError(f"num_frames={num_frames}, but z has {z.shape[2]} frames: leave num_frames out")
         return z
@@ -230,13 +235,21 @@ class TCMVAE(AutoencoderKL):
         model.load_state_dict(model.state_dict() | vae.state_dict())
         return model.train(vae.training)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options):
+        "As of diffusers; ValueError for an image autoencoder, which has no such decoder yet."
+        where = {k: options[k] for k in ("subfolder", "cache_dir", "revision", "token", "local_files_only", "force_download", "proxies") if k in options}
+        kind = cls.load_config(folder, **where).get("_class_name")
+        if kind != cls.__name__: raise ValueError(f"{folder} holds a model of class {kind}: build a TCM-VAE around it with TCMVAE.from_image_vae(AutoencoderKL.from_pretrained(...)), and train it with nbs/21_train_vae.ipynb")
+        return super().from_pretrained(folder, **options)
+
     @property
     def reach(self) -> int:
         "Frames before and after that a decoded frame depends on."
         return sum(getattr(tcm, "reach", 0) for tcm in self.tcm)
 
-    def set_windows(self, frames: int = 16, overlap: int = 4):
-        "Decode at most so many frames at once; the windows give exactly what the whole clip would from an overlap of twice `reach` on."
+    def set_windows(self, frames: int = 16, overlap: int = 2):
+        "Decode at most so many frames at once; the windows give exactly what the whole clip would from an overlap of twice `reach` on, and cost a quarter of the time and less with the default one."
         windows(frames, frames, overlap)
         self.window_frames, self.window_overlap = frames, overlap
 
@@ -254,7 +267,9 @@ class TCMVAE(AutoencoderKL):
         generator=None,                 # Not used, as in AutoencoderKL
         window: int | None = None,      # Frames decoded at once, a quarter of them shared at most; None: see `set_windows`
     ):
-        "Pixels, about [-1, 1], in the layout of z."
+        """Pixels, about [-1, 1], in the layout of z.
+
+        Frames of other clips in one call are taken for neighbours: AnimateDiff wants `decode_chunk_size=num_frames`. What short calls, windows and tiles change has a bound in tests/test_vae.py."""
         clips = as_clips(z, num_frames, self.config.latent_channels)
         size, overlap = (self.window_frames, self.window_overlap) if window is None else (window, min(self.window_overlap, window // 4))
         tile = max(self.tile_latent_min_size, 1)

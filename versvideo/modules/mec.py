@@ -114,7 +114,8 @@ class MultiExcitationConv(nn.Module):
 
     def gate(self, z):
         "What the three excited branches multiply ẑ with, together: scale ⊙ (3 + M_S + M_C + M_M)."
-        return torch.addcmul(self.scale * (3 + self.which(z) + self.when(z)), self.scale, self.where(z))
+        scale = self.scale.to(z.dtype)   # a plain parameter, which diffusers' layerwise casting passes by
+        return torch.addcmul(scale * (3 + self.which(z) + self.when(z)), scale, self.where(z))
 
     def forward(self, x):
         y = self.factorized(x)
