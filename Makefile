@@ -76,6 +76,9 @@ results: $(INSTALLED)
 	    size=XS out=results/25_train_classifier-XS-s0
 	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm-XS-s0.ipynb \
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
+	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm2-XS-s1.ipynb \
+	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights \
+	    decoder=results/21_train_vae-tcm-XS-s0/weights seed=1 steps=6000 out=results/21_train_vae-tcm2-XS-s1
 	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
 	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
@@ -88,13 +91,15 @@ results: $(INSTALLED)
 	$(RUN) nbs/23_train_style.ipynb results/23_train_style-XS-s0.ipynb \
 	    size=XS model=results/20_train_unet-styles-XS-s0/weights \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-XS-s0
-	$(BIN)/python tests/check.py ship results/20_train_unet-styles-XS-s0/weights results/21_train_vae-tcm-XS-s0/weights \
+	$(BIN)/python tests/check.py ship results/20_train_unet-styles-XS-s0/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
 	    results/22_train_controlnet-XS-s0/weights results/23_train_style-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
+	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS-s1.ipynb \
+	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
 	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 out=results/43_follow-XS
 	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
@@ -103,8 +108,12 @@ results: $(INSTALLED)
 	    size=XS seeds=3 at_once=2 runs=results/50_ablations-XS out=results/$$i-XS || exit 1; done
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-SD.ipynb \
+	    widths=SD latent=16x8x8 rounds=5 long=128 lengths=24,64 out=results/62_decoder_cost-SD
+	OMP_NUM_THREADS=1 $(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-XS.ipynb \
+	    widths=XS latent=16x8x8 rounds=15 long=128 lengths=24,64,128 out=results/62_decoder_cost-XS
 	$(BIN)/nbdev_clean --fname results
-	rm -rf results/*-XS-s0/checkpoints results/*/cache
+	rm -rf results/*-XS-s?/checkpoints results/*/cache
 	$(BIN)/python tests/check.py drift
 endif
 
