@@ -1,5 +1,6 @@
 # make quickstart PROMPT="..."   a video from a sentence, in out/
-# make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge]   a video of one's own drawn anew, in out/
+# make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge] [STYLE=...] [DEPTH_MODEL=...]
+#                                a video of one's own drawn anew, in out/
 # make test                      every check, under 20 minutes on 2 cores
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
@@ -15,11 +16,12 @@ TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 --no_py
 
 # Only what is given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
 given = $(if $(filter command line,$(origin $(1))),$(value $(1)))
-unexport PROMPT VIDEO CONDITIONS STYLE
+unexport PROMPT VIDEO CONDITIONS STYLE DEPTH_MODEL
 export GIVEN_PROMPT := $(call given,PROMPT)
 export GIVEN_VIDEO := $(call given,VIDEO)
 export GIVEN_CONDITIONS := $(call given,CONDITIONS)
 export GIVEN_STYLE := $(call given,STYLE)
+export GIVEN_DEPTH_MODEL := $(call given,DEPTH_MODEL)
 
 .PHONY: help quickstart edit test lab results readme install clean
 help:
@@ -41,7 +43,8 @@ quickstart: $(INSTALLED)
 
 edit: $(INSTALLED)
 	@$(RUN) nbs/32_edit.ipynb out/edit.ipynb $${GIVEN_VIDEO:+"video=$$GIVEN_VIDEO"} $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} \
-	    $${GIVEN_CONDITIONS:+"conditions=$$GIVEN_CONDITIONS"} $${GIVEN_STYLE:+"style=$$GIVEN_STYLE"} out=out
+	    $${GIVEN_CONDITIONS:+"conditions=$$GIVEN_CONDITIONS"} $${GIVEN_STYLE:+"style=$$GIVEN_STYLE"} \
+	    $${GIVEN_DEPTH_MODEL:+"depth_model=$$GIVEN_DEPTH_MODEL"} out=out
 
 test: $(INSTALLED)
 	$(BIN)/python tests/check.py sync

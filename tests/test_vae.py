@@ -1,6 +1,7 @@
 """The decoder that knows of time: exact at the start, in other people's pipelines, and its loss."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from transformers import (
 
 from versvideo.cost import peak_bytes, wake
 from versvideo.latents import encode_clips
-from versvideo.metrics import flicker, psnr
+from versvideo.metrics import LpipsDistance, flicker, perceptual_distance, psnr
 from versvideo.pipeline import WEIGHTS, decode_latents, load_pipeline
 from versvideo.shapes import MovingShapes
 from versvideo.text import load_clip
@@ -556,6 +557,25 @@ def test_half_precision_and_layerwise_casting(dtype):
     cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     for half in (model.to(dtype).decode(z.to(dtype)).sample.float(), cast.decode(z).sample):
         assert (half - whole).abs().mean() < 0.05 * whole.abs().mean()
+
+
+def test_lpips_where_its_weights_are(monkeypatch, tmp_path):
+    "Whatever weights its network has: nothing between equal frames, a gradient between others, and it is what auto takes."
+    lpips, vgg = pytest.importorskip("lpips"), pytest.importorskip("torchvision.models.vgg")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / LpipsDistance.file
+    file.parent.mkdir(parents=True)
+    file.touch()
+    torch.manual_seed(0)
+    network = SimpleNamespace(features=vgg.make_layers(vgg.cfgs["D"]))
+    monkeypatch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda **_: network)
+    distance = perceptual_distance("auto")
+    assert type(distance) is LpipsDistance and not any(p.requires_grad for p in distance.parameters())
+    x, y = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    assert distance(x, x) == 0
+    x.requires_grad_()
+    distance(x, y).backward()
+    assert distance(x, y) > 0 and x.grad.abs().sum() > 0
 
 
 def test_refinement_channels():
