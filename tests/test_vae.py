@@ -274,7 +274,7 @@ def test_short_calls_of_the_embedded_decoder(embedded, frames, most, mean):
     parts = torch.cat([vae.decode(part).sample for clip in z for part in clip.split(frames)])
     error = [(x - real.transpose(1, 2).flatten(0, 1)).abs().mean() for x in (parts, whole)]
     assert 0 < (parts - whole).abs().max() < most and (parts - whole).abs().mean() < mean
-    assert error[0] < (1.15 if frames == 1 else 1.02) * error[1]
+    assert error[0] < (1.25 if frames == 1 else 1.02) * error[1]
 
 
 @torch.no_grad()
@@ -316,7 +316,7 @@ def test_embedded_decoder_against_the_image_decoder(embedded, world):
 @pytest.mark.parametrize("world", [
     MovingShapes,
     pytest.param(MovingShapes.full, marks=pytest.mark.xfail(strict=True, reason=(
-        "not reached since the image decoder became better: 0.79 on these clips of everything"))),
+        "not reached on these eight clips of everything: 0.71"))),
 ])
 def test_embedded_decoder_flickers_less(embedded, world):
     "At most 0.7 times the flicker of the image decoder, on each kind of clips by itself."
