@@ -111,9 +111,9 @@ results: $(INSTALLED)
 	    size=XS seeds=3 at_once=2 runs=results/50_ablations-XS out=results/$$i-XS || exit 1; done
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
-	OMP_NUM_THREADS=1 $(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-SD.ipynb \
-	    widths=SD latent=16x8x8 rounds=5 long=128 lengths=24,64 out=results/62_decoder_cost-SD
-	OMP_NUM_THREADS=1 $(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-XS.ipynb \
+	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-SD.ipynb \
+	    widths=SD latent=16x4x4 rounds=7 long=128 lengths=24,32,64 out=results/62_decoder_cost-SD
+	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-XS.ipynb \
 	    widths=XS latent=16x8x8 rounds=15 long=128 lengths=24,64,128 out=results/62_decoder_cost-XS
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/*-XS-s?/checkpoints results/*/cache

@@ -86,9 +86,9 @@ def decoders(folder: Path, *runs: str) -> list:
 def decoder_parts(folder: Path, run: str) -> list:
     "The decoder with parts left out; mean over the seeds, smallest and largest (53_ablation_vae)."
     with open(folder / run / "ablation.csv") as file: found = {(row["without"], row["clips"]): row for row in csv.DictReader(file)}
-    pick = lambda row, name, form, unit: _interval([float(row[k]) for k in (name, f"{name}_low", f"{name}_high")], form, unit)
-    return [{"left out": part} | {f"{label}, {kind}": pick(found[part, clips], name, form, unit) for label, name, form, unit in (("flicker", "flicker", ".3f", ""), ("PSNR", "psnr_db", "+.2f", " dB"))
-             for kind, clips in (("plain", "one plain object"), ("full", "everything"))} for part in dict.fromkeys(part for part, _ in found)]
+    cell = lambda row, names, form, unit: _interval([float(row[k]) for k in names], form, unit)
+    measures = {"flicker": (("flicker", "flicker_low", "flicker_high"), ".3f", ""), "PSNR": (("psnr_db", "psnr_low", "psnr_high"), "+.2f", " dB")}
+    return [{"left out": part} | {f"{label}, {kind}": cell(found[part, clips], *how) for label, how in measures.items() for kind, clips in (("plain", "one plain object"), ("full", "everything"))} for part in dict.fromkeys(part for part, _ in found)]
 
 
 COSTS = {   # Label to the table and case of a record, and the case it is compared with
