@@ -209,7 +209,7 @@ def test_readme_names_every_notebook():
 def test_tables_of_the_readme_are_those_of_the_records():
     readme = (REPO / "README.md").read_text()
     assert readme.count("<!-- table:") >= 4
-    assert fill_tables(readme) == readme, "make readme"
+    assert fill_tables(readme, REPO / "results") == readme, "make readme"
 
 
 def test_settings_keep_papermill_working():
