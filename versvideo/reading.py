@@ -9,7 +9,6 @@ __all__ = ['BREAKS', 'prepare_worker', 'cause_of', 'Workers', 'misbehave', 'Want
 # %% ../nbs/11_reading.ipynb #11r-03
 import os
 import random
-import resource
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as TooSlow
@@ -28,6 +27,8 @@ from .video import read_picture, read_video
 def prepare_worker(extra: int) -> None:
     "Let this process take so many bytes more than it has; beyond, it gets a MemoryError (Linux, elsewhere no limit). What decoders print about bad files is not shown."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try: import resource
+    except ImportError: return   # Windows
     try: held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError: return
     resource.setrlimit(resource.RLIMIT_AS, (held + extra, held + extra))

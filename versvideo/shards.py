@@ -114,7 +114,9 @@ class Order:
     seed: int = 0
 
     @property
-    def n(self) -> int: return sum(self.sizes)
+    def n(self) -> int:
+        if sum(self.sizes) < 1: raise ValueError(f"sizes={self.sizes}: there is no sample to order")
+        return sum(self.sizes)
 
     def __getitem__(self, position: int) -> int:
         "Number of the sample; ValueError for a position below 0."
