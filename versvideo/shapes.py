@@ -216,10 +216,12 @@ def _clause(form, column, thing):
 def caption(
     attributes: dict,  # One clip's attributes, as `MovingShapes.attributes` gives them
     i: int = 0,        # Wording, 0 to 19; 0 is "a red circle moving left on a navy background"
+    styled: bool = True,  # False leaves out how the objects are drawn
 ) -> str:
     "The clip in words."
     sentence, form, column = _TEMPLATES[i]
-    clauses = " and ".join(_clause(form, column, thing) for thing in attributes["objects"])
+    things = attributes["objects"] if styled else [o | {"style": "flat"} for o in attributes["objects"]]
+    clauses = " and ".join(_clause(form, column, thing) for thing in things)
     words = (_word(attributes["texture"], column), _word(attributes["background"], column))
     pan = f" while the camera pans {attributes['pan']}" if attributes["pan"] else ""
     return sentence.format(clauses=clauses, bg=" ".join(filter(None, words)), pan=pan)
@@ -227,9 +229,10 @@ def caption(
 
 def captions(
     attributes: dict,  # One clip's attributes
+    styled: bool = True,  # As of `caption`
 ) -> list[str]:        # 20 of them
     "All wordings of one clip."
-    return [caption(attributes, i) for i in range(len(_TEMPLATES))]
+    return [caption(attributes, i, styled) for i in range(len(_TEMPLATES))]
 
 
 def vocabulary() -> tuple[str, ...]:
