@@ -252,6 +252,14 @@ def test_one_condition_for_several_videos(pipe):
     assert torch.equal(one, two)
 
 
+def test_conditions_need_no_text(pipe):
+    edges = {"canny": torch.rand(1, 1, 4, 32, 32)}
+    drawn = pipe("", conditions=edges, output_type="latent", guidance_scale=1.0, **FEW)
+    assert drawn.videos.isfinite().all()
+    with pytest.raises(ValueError, match="say what the video should show, or give conditions"):
+        pipe("", **FEW)
+
+
 # A user's own files
 
 def with_sound(path: Path, clip: torch.Tensor) -> Path:

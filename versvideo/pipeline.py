@@ -114,7 +114,7 @@ def as_texts(
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name}={value!r}: give a text or a list of texts")
     if not texts or not (blank or all(text.strip() for text in texts)):
-        raise ValueError(f"{name}={value!r} is empty: say what the video should show")
+        raise ValueError(f"{name}={value!r} is empty: say what the video should show, or give conditions")
     return list(texts)
 
 
@@ -122,12 +122,13 @@ def check_prompts(
     prompt: str | list[str] | None,           # What to show
     negative_prompt: str | list[str] | None,  # What to stay away from; None is the empty text
     prompt_embeds: torch.Tensor | None,       # `b n d` in place of `prompt`
+    blank: bool = False,                      # Whether a prompt may be empty
 ) -> tuple[list[str] | None, list[str]]:      # `prompt` as a list or None, as many negative prompts
     "Prompts and negative prompts as lists of equal length; ValueError or TypeError otherwise."
     if (prompt is None) == (prompt_embeds is None):
         both = "neither" if prompt is None else "both"
         raise ValueError(f"{both} of prompt and prompt_embeds given: give one of the two")
-    prompts = None if prompt is None else as_texts(prompt, "prompt")
+    prompts = None if prompt is None else as_texts(prompt, "prompt", blank)
     count = len(prompt_embeds) if prompts is None else len(prompts)
     if negative_prompt is None or isinstance(negative_prompt, str):
         return prompts, [negative_prompt or ""] * count
@@ -301,13 +302,13 @@ class VideoDenoiser(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
 
     def encode_prompt(self, prompt, negative_prompt=None, num_videos_per_prompt=1,
-                      prompt_embeds=None, negative_prompt_embeds=None) -> tuple:
+                      prompt_embeds=None, negative_prompt_embeds=None, blank=False) -> tuple:
         "Embeddings `b n d` of prompts and negative prompts (None without guidance), a row a video."
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("both of negative_prompt and negative_prompt_embeds given: give one")
-        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds)
+        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, blank)
         if prompts is not None:
-            read = prompts + [text for text in negatives if text]
+            read = [text for text in prompts + negatives if text]
             warn_about_words(self.tokenizer, read, self.config.words)
             prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompts)
         if self.do_classifier_free_guidance and negative_prompt_embeds is None:
@@ -394,7 +395,7 @@ class VersVideoPipeline(VideoDenoiser):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,               # What to show
+        prompt: str | list[str] | None = None,               # What to show; with conditions it may be empty
         negative_prompt: str | list[str] | None = None,      # What to stay away from, by guidance
         num_frames: int | None = None,                       # None: the conditions', or as trained
         height: int | None = None,                           # Multiple of 8; None: the same
@@ -456,7 +457,8 @@ class VersVideoPipeline(VideoDenoiser):
             pick(tensors, name, "callback_on_step_end_tensor_inputs")
         self._guidance_scale, self._interrupt = guidance_scale, False
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt,
-                                                prompt_embeds, negative_prompt_embeds)
+                                                prompt_embeds, negative_prompt_embeds,
+                                                blank=controlled)
         shape = (len(positive), self.unet.config.in_channels, *size)
         if image is not None:
             if "image" in conditions:
