@@ -168,7 +168,7 @@ def test_frozen_means_frozen(unet, control, one_process):
     for model, loss in ((control, control_loss), (style, style_loss)):
         frozen, own = (tensors_digest(m.state_dict().values()) for m in (unet, model))
         fit(FitConfig(steps=3, batch_size=2, lr=1e-2, warmup=1), model, loss,
-            lambda step, rank, world: batch)
+            lambda step, turn: batch)
         assert tensors_digest(unet.state_dict().values()) == frozen
         assert tensors_digest(model.state_dict().values()) != own
 

@@ -1,30 +1,31 @@
-"""The training loop: what it computes, how it stops and goes on, and what several processes do.
-
-Run as a program by torchrun (`test_two_processes`), this file is one of those processes.
-"""
+"""The training loop: what it computes, how it stops and goes on, and what several processes do."""
 
 import copy
 import json
 import math
+import multiprocessing
 import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
+import socket
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import literal
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from versvideo import checkpoints, trainers
 from versvideo import latents as latents_module
-from versvideo import trainers
+from versvideo.checkpoints import Parts
 from versvideo.latents import (
     autoencoder_loss,
     build_vae,
@@ -41,11 +42,13 @@ from versvideo.trainers import (
     fit,
     is_image_batch,
     load_frozen,
+    process_group,
     run_folder,
     training_scheduler,
 )
 from versvideo.unet import VersVideoUNet
 
+KILLS = 10   # fifty take a minute more and were run once
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,
             cross_attention_dim=6, experts=(2, 2), norm_groups=4)
 
@@ -64,10 +67,10 @@ def build_unet(seed=0):
     return VersVideoUNet(**UNET)
 
 
-def latent_batch(step, rank, world):
-    "Clips, or images when it is this process's turn."
-    g = torch.Generator().manual_seed(1000 * step + rank)
-    image = is_image_batch(step, rank, world, 1, 2)
+def latent_batch(step, turn):
+    "Clips, or images when it is their turn."
+    g = torch.Generator().manual_seed(turn)
+    image = is_image_batch(step, turn, 1, 0.5)
     return dict(latents=torch.randn(2, 4, 1 if image else 3, 4, 4, generator=g),
                 text=torch.randn(2, 3, 6, generator=g))
 
@@ -92,10 +95,10 @@ class Killed(Exception):
 
 
 def dies_at(step, batch_fn):
-    def batch(now, rank, world):
+    def batch(now, turn):
         if now == step:
             raise Killed
-        return batch_fn(now, rank, world)
+        return batch_fn(now, turn)
     return batch
 
 
@@ -143,7 +146,7 @@ def test_fit_is_adamw_by_hand(ema, clip):
     model = nn.Linear(3, 3, bias=False).double()
     w, mean = by_hand(FitConfig(**vars(cfg) | {"ema_decay": 0.6}), model.weight.detach(), data)
     fit(cfg, model, lambda m, b: {"loss": (m(b["x"]) - b["y"]).square().mean()},
-        lambda step, rank, world: dict(x=data[step, 0], y=data[step, 1]))
+        lambda step, turn: dict(x=data[step, 0], y=data[step, 1]))
     got = model.weight.detach()
     assert not model.training
     assert (got - (mean if ema else w)).abs().max() < 1e-9
@@ -199,7 +202,7 @@ def test_loss_sees_a_new_seed_every_step_whatever_came_before():
             seen.append(torch.rand(()).item())
             return {"loss": m(batch["x"]).square().mean()}
 
-        def batch(step, rank, world):
+        def batch(step, turn):
             torch.rand(waste)
             return dict(x=torch.full((1, 2), 1. + step))
 
@@ -215,7 +218,7 @@ def test_curve_is_the_mean_since_the_last_row():
     values = [1., 2., 6., 4., 5., 9., 7.]
     log = fit(numbers(), nn.Linear(1, 1), lambda m, b: {
         "loss": m(b["x"]).mean() * 0 + b["x"].mean(), "twice": 2 * b["x"].mean()},
-        lambda step, rank, world: dict(x=torch.full((1, 1), values[step])))
+        lambda step, turn: dict(x=torch.full((1, 1), values[step])))
     assert [row["step"] for row in log.rows] == [3, 6, 7]
     assert [row["loss"] for row in log.rows] == [3, 6, 7]
     assert [row["twice"] for row in log.rows] == [6, 12, 14]
@@ -232,24 +235,29 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, dies):
     assert names(tmp_path / "parts")[-1] == f"step-{dies // 3 * 3:06d}"
     got, resumed_rows = train(tmp_path / "parts", dies_at(dies // 3 * 3 - 1, latent_batch))
     assert far(got, want) == 0 and resumed_rows == rows
-    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl",
-                 "custom_checkpoint_1.pkl"):
-        whole, parts = ((tmp_path / run / "step-000007" / name) for run in ("whole", "parts"))
-        assert whole.exists() and parts.exists()
-    whole, parts = (load_file(tmp_path / run / "step-000007" / "model.safetensors")
-                    for run in ("whole", "parts"))
-    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+    for name in ("model", "optimizer", "ema"):
+        whole, parts = (load_file(tmp_path / run / "step-000007" / f"{name}.safetensors")
+                        for run in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+    whole = load_file(tmp_path / "whole" / "step-000007" / "model.safetensors")
     assert any((whole[f"model.{n}"] - p).abs().max() > 1e-4 for n, p in want.named_parameters()), \
         "the moving average is the model itself: the comparison says nothing about it"
 
 
-@pytest.mark.parametrize("forgotten", [
-    "diffusers.training_utils.EMAModel", "torch.optim.AdamW", "torch.optim.lr_scheduler.LambdaLR"])
+@pytest.mark.parametrize("forgotten", ["model", "optimizer", "ema", "schedule"])
 def test_resume_needs_all_that_is_saved(tmp_path, forgotten, monkeypatch):
     want, _ = train()
     with pytest.raises(Killed):
         train(tmp_path, dies_at(4, latent_batch))
-    monkeypatch.setattr(f"{forgotten}.load_state_dict", lambda self, *a, **k: None)
+    restore = Parts.restore
+
+    def forgetful(self, found):
+        now = self.collect()
+        restore(self, found | {k: v for k, v in now.items() if k == forgotten})
+
+    monkeypatch.setattr(Parts, "restore", forgetful)
+    if forgotten == "schedule":
+        monkeypatch.setattr("torch.optim.lr_scheduler.LambdaLR.load_state_dict", lambda *a: None)
     got, _ = train(tmp_path)
     assert far(got, want) > 1e-6
 
@@ -319,13 +327,15 @@ def test_two_newest_checkpoints_are_kept(tmp_path):
 def test_nan_loss_stops_and_leaves_the_last_checkpoint(tmp_path):
     want, _ = train()
 
-    def broken(step, rank, world):
-        batch = latent_batch(step, rank, world)
+    def broken(step, turn):
+        batch = latent_batch(step, turn)
         return batch | {"latents": batch["latents"] * float("nan")} if step == 5 else batch
 
-    with pytest.raises(RuntimeError, match=r"loss is nan.* at step 5: lower lr=0\.01"):
-        train(tmp_path, broken)
-    assert names(tmp_path) == ["step-000003"]
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 5: lower lr=0\.01"):
+        train(tmp_path, broken, skips=0)
+    assert names(tmp_path) == ["bad.json", "step-000003"]
+    assert json.loads((tmp_path / "bad.json").read_text()) == [
+        dict(step=5, turns=[5, 5], fault="loss is nan", seed=0)]
     assert all(w.isfinite().all()
                for w in load_file(tmp_path / "step-000003/model.safetensors").values())
     got, _ = train(tmp_path)
@@ -337,11 +347,30 @@ def test_nan_gradient_of_a_finite_loss_stops_before_the_weights_are_nan(tmp_path
         return {"loss": 1 + (m(batch["x"]) * batch["x"]).square().sum().sqrt()}
 
     model = nn.Linear(1, 1)
-    with pytest.raises(RuntimeError, match="nan at step 4"):
-        fit(numbers(save_every=1), model, loss,
-            lambda step, rank, world: dict(x=torch.full((1, 1), float(step != 4))), tmp_path)
+    with pytest.raises(RuntimeError, match="gradient is nan at step 4"):
+        fit(numbers(save_every=1, skips=0), model, loss,
+            lambda step, turn: dict(x=torch.full((1, 1), float(step != 4))), tmp_path)
     assert model.weight.isfinite().all()
-    assert names(tmp_path) == ["step-000003", "step-000004"]
+    assert names(tmp_path) == ["bad.json", "step-000003", "step-000004"]
+
+
+@pytest.mark.filterwarnings("ignore:the loss is")
+def test_bad_steps_are_left_out_and_counted_over_a_stop(tmp_path):
+    "As if they had not been, but for their place in the schedule; a stop forgets none of them."
+    def broken(step, turn):
+        batch = latent_batch(step, turn)
+        return batch | {"latents": batch["latents"] * float("nan")} if step in (2, 5) else batch
+
+    want, rows = train(tmp_path / "whole", broken, steps=8)
+    with pytest.raises(Killed):
+        train(tmp_path / "parts", dies_at(4, broken), steps=8)
+    got, again = train(tmp_path / "parts", broken, steps=8)
+    assert far(got, want) == 0 and again == rows
+    curve = json.loads((tmp_path / "parts/step-000008/curve.json").read_text())
+    assert [bad["step"] for bad in curve["bad"]] == [2, 5]
+    assert all(row["loss"] < 1e3 for row in rows) and far(want, build_unet()) < 1
+    with pytest.raises(RuntimeError, match="2 steps were bad, 1 may be"):
+        train(tmp_path / "fewer", broken, steps=8, skips=1)
 
 
 def test_curve_of_a_resumed_run_forgets_no_step(tmp_path):
@@ -351,105 +380,266 @@ def test_curve_of_a_resumed_run_forgets_no_step(tmp_path):
     assert train(tmp_path / "parts", save_every=2, log_every=3)[1] == rows
 
 
-def test_moving_average_comes_back_to_its_device(tmp_path, monkeypatch):
-    "Accelerate restores it on the CPU, wherever the weights are."
-    with pytest.raises(Killed):
-        train(tmp_path, dies_at(4, latent_batch))
-    calls = []
-    for name in ("load_state_dict", "to", "step"):
-        method = getattr(EMAModel, name)
-        monkeypatch.setattr(EMAModel, name, lambda self, *a, _name=name, _method=method, **k: (
-            calls.append(_name), _method(self, *a, **k))[1])
-    train(tmp_path)
-    assert calls == ["to", "load_state_dict", "to"] + ["step"] * 4
-
-
-def test_save_that_fails_half_way_is_no_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_every", [3, 4])
+def test_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, save_every):
+    "In the middle the run goes on and says so; at the end there is nothing to go on to."
     want, rows = train()
-    write = trainers.write_json
+    write = checkpoints.save_file
 
-    def full(path, obj):
-        if "step-000006" in str(path):
+    def full(tensors, path):
+        if "step-000006" in str(path) or "step-000007" in str(path):
+            Path(path).write_bytes(b"half")
             raise OSError("no space left on device")
-        return write(path, obj)
+        return write(tensors, path)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(trainers, "write_json", full)
-        train(tmp_path)
-    assert [n for n in names(tmp_path) if n.startswith("step-")] == ["step-000003"]
-    got, again = train(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="step-00000. is whole"):
+        patch.setattr(checkpoints, "save_file", full)
+        if save_every == 3:
+            with pytest.warns(UserWarning, match="step 6 could not be written.*the run goes on"):
+                train(tmp_path, save_every=save_every)
+        else:
+            train(tmp_path, save_every=save_every)
+    assert names(tmp_path) == [f"step-{save_every:06d}"]
+    got, again = train(tmp_path, save_every=save_every)
     assert far(got, want) == 0 and again == rows
-    assert names(tmp_path) == ["step-000006", "step-000007"]
 
 
-def test_checkpoint_weights_are_safetensors(tmp_path):
+def test_checkpoints_are_safetensors_and_json(tmp_path):
+    train(tmp_path, steps=3)
+    assert names(tmp_path / "step-000003") == ["curve.json", "ema.safetensors", "fit.json",
+                                               "model.safetensors", "optimizer.safetensors",
+                                               "state.json"]
+    (tmp_path / "step-000003/optimizer.bin").write_bytes(b"cos\nsystem")
+    with pytest.raises(ValueError, match="has optimizer.bin: pickles are not read"):
+        train(tmp_path, steps=3)
+
+
+def test_checkpoint_weights_have_the_names_of_the_model(tmp_path):
     train(tmp_path, steps=3)
     saved = load_file(tmp_path / "step-000003/model.safetensors")
     assert {f"model.{n}" for n, _ in build_unet().named_parameters()} == set(saved)
 
 
+def test_killed_at_any_moment(tmp_path):
+    """A process killed again and again, while it saves, too, ends as one that never was.
+
+    Children are forked, as starting Python fifty times would take minutes; only they train.
+    """
+    chance = random.Random(0)
+
+    def child(folder):
+        os.setsid()
+        unet = build_unet()
+        fit(numbers(steps=60, save_every=2), unet, unet_loss, latent_batch, folder, exchange)
+        save_file(unet.state_dict(), folder / "end.safetensors")
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=child, args=(folder,))
+        process.start()
+        return process
+
+    begin = time.monotonic()
+    start(tmp_path / "whole").join()
+    lasts, kills = time.monotonic() - begin, 0
+    while not (tmp_path / "parts" / "end.safetensors").exists():
+        process = start(tmp_path / "parts")
+        process.join(chance.uniform(0.05, 0.3) * lasts if kills < KILLS else None)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if kills < KILLS and (tmp_path / "parts" / "end.safetensors").exists():   # again from the start
+            shutil.rmtree(tmp_path / "parts")
+    assert kills == KILLS
+    for name in ("end", "step-000060/model", "step-000060/optimizer", "step-000060/ema"):
+        whole, parts = (load_file(tmp_path / run / f"{name}.safetensors")
+                        for run in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+    whole, parts = (json.loads((tmp_path / run / "step-000060/curve.json").read_text())
+                    for run in ("whole", "parts"))
+    for curve in (whole, parts):
+        for row in curve["rows"]:
+            del row["seconds"]
+        del curve["seconds"]
+    assert whole == parts
+
+
 # Several processes
 
-def worker(folder):
-    "One of two processes: train, be killed, go on, and leave what this process ended with."
-    rank, save, kinds = int(os.environ["RANK"]), torch.save, []
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
-    def slow_save(obj, path, *args, **kwargs):
-        "The second process is late: a checkpoint must wait for its random state."
-        if rank == 1 and "random_states" in str(path):
-            time.sleep(0.3)
-        save(obj, path, *args, **kwargs)
 
-    torch.save = slow_save
+def as_processes(count, work, *args):
+    """Run `work(*args)` in forked processes that accelerate takes for those of a launcher.
 
-    def batch(step, rank, world):
-        data = latent_batch(step, rank, world)
-        kinds.append(data["latents"].shape[2])
-        return data
+    Gives them, started, to the caller, who may kill one; `ends` waits for them.
+    """
+    port, processes = str(free_port()), []
+    for rank in range(count):
+        def child(rank=rank):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(1)
+            work(*args)
+        processes.append(multiprocessing.get_context("fork").Process(target=child))
+        processes[-1].start()
+    return processes
 
-    def run(name, batch_fn):
-        unet = build_unet(seed=rank)
-        save_file(unet.state_dict(), folder / f"start-{rank}.safetensors")
-        log = fit(numbers(), unet, unet_loss, batch_fn, folder / name, exchange)
-        save_file(unet.state_dict(), folder / f"{name}-{rank}.safetensors")
-        return log
 
-    log = run("whole", batch)
+def ends(processes, timeout=240):
+    "Exit codes, in order."
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def shard_here():
+    "Let accelerate shard on CPUs, which it does on GPUs alone."
+    Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2,
+                                            auto_wrap_policy="transformer_based_wrap")
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def worker(folder, name, kind="ddp", batch_fn=latent_batch, minutes=10, **changes):
+    "Train, and leave what this process ended with, or what stopped it."
+    rank = int(os.environ["RANK"])
+    process_group(minutes)
+    if kind == "fsdp":
+        shard_here()
     try:
-        run("parts", dies_at(5, latent_batch))
-    except Killed:
-        Accelerator().wait_for_everyone()
-        run("parts", latent_batch)
-    report = dict(kinds=kinds, world=Accelerator().num_processes, rows=log.rows)
-    (folder / f"report-{rank}.json").write_text(json.dumps(report))
-    torch.distributed.destroy_process_group()
+        unet = build_unet(seed=0 if kind == "fsdp" else rank)   # wrapped ones agree by themselves
+        log = fit(numbers(**changes), unet.double(), unet_loss, batch_fn, folder / name, exchange)
+    except Exception as error:
+        (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(3)
+    save_file(unet.state_dict(), folder / f"{name}-{rank}.safetensors")
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in log.rows]
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(rows))
 
 
-def test_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", "2", __file__, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-    assert done.returncode == 0, done.stdout[-12000:]
-    reports = [json.loads((tmp_path / f"report-{r}.json").read_text()) for r in (0, 1)]
-    assert reports[0]["world"] == 2
-    curve, other = ([{k: v for k, v in row.items() if k != "seconds"} for row in report["rows"]]
-                    for report in reports)
-    assert curve == other and [row["step"] for row in curve] == [3, 6, 7]
-    assert all(row["image_loss"] > 0 and row["clip_loss"] > 0 for row in curve)
-    assert reports[0]["kinds"] == [1] * 7 and reports[1]["kinds"] == [1] + [3] * 6
+def double_batch(step, turn):
+    return {name: value.double() for name, value in latent_batch(step, turn).items()}
 
-    def weights(name):
-        return [load_file(tmp_path / f"{name}-{r}.safetensors") for r in (0, 1)]
 
-    ours, theirs = weights("whole")
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    start, other_start = weights("start")
-    assert any(not torch.equal(start[n], other_start[n]) for n in start)
-    idle = [n for n in ours if torch.equal(ours[n], start[n])]
-    assert idle == [], "a part that only clips use was not trained"
-    for resumed in weights("parts"):
-        assert all(torch.equal(ours[n], resumed[n]) for n in ours)
+def alone(folder, **changes):
+    "The same in this process."
+    unet = build_unet().double()
+    fit(numbers(**changes), unet, unet_loss, double_batch, folder, exchange)
+    return unet.state_dict()
+
+
+def furthest(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max((ours[n].double() - theirs[n].double()).abs().max().item() for n in theirs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_two_batches(tmp_path, kind):
+    "Weights, moments, moving average and experts, after 20 steps with images and clips."
+    more = dict(steps=20, save_every=10)
+    codes = ends(as_processes(2, partial(worker, tmp_path, "two", kind, double_batch, **more)))
+    assert codes == [0, 0], [p.read_text() for p in tmp_path.glob("error-*")]
+    want = alone(tmp_path / "one", accumulate=2, **more)
+    for rank in (0, 1):
+        assert furthest(load_file(tmp_path / f"two-{rank}.safetensors"), want) < 1e-6
+    for file in ("model", "optimizer", "ema"):
+        one, two = (load_file(tmp_path / run / f"step-000020/{file}.safetensors")
+                    for run in ("one", "two"))
+        assert furthest(two, one) < 1e-6
+    start = build_unet().double().state_dict()
+    assert [n for n in want if torch.equal(want[n], start[n])] == [], "a part was not trained"
+    rows = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
+    assert rows[0] == rows[1] and all(r["image_loss"] > 0 and r["clip_loss"] > 0 for r in rows[0])
+
+
+@pytest.mark.parametrize(("kind", "count"), [("ddp", 1), ("ddp", 3), ("fsdp", 3)])
+def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
+    "What two wrote, others read; the batches follow on, none twice and none left out."
+    more = dict(steps=9, save_every=3)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def noted(step, turn):
+        (seen / f"{step}-{turn}").touch()
+        return double_batch(step, turn)
+
+    codes = ends(as_processes(2, partial(worker, tmp_path, "run", kind, dies_at(5, noted), **more)))
+    assert codes == [3, 3] and (tmp_path / "run/step-000003").is_dir()
+    for late in seen.glob("[34]-*"):
+        late.unlink()   # these are done again
+    codes = ends(as_processes(count, partial(worker, tmp_path, "run", kind, noted, **more)))
+    assert codes == [0] * count, [p.read_text() for p in tmp_path.glob("error-*")]
+    pairs = sorted(tuple(map(int, p.name.split("-"))) for p in seen.iterdir())
+    assert pairs == [(step, 2 * step + k) for step in range(3) for k in (0, 1)] + [
+        (step, 6 + count * (step - 3) + k) for step in range(3, 9) for k in range(count)]
+    with pytest.raises(Killed):
+        unet = build_unet().double()
+        fit(numbers(accumulate=2, **more), unet, unet_loss, dies_at(5, double_batch),
+            tmp_path / "alone", exchange)
+    want = alone(tmp_path / "alone", accumulate=count, **more)
+    assert furthest(load_file(tmp_path / "run-0.safetensors"), want) < 1e-6
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_others(tmp_path, how):
+    "Killed, or hanging: the other one says so, within the time it was given."
+    def dying(step, turn):
+        if step == 5 and turn % 2:
+            os.kill(os.getpid(), how)
+        return double_batch(step, turn)
+
+    processes = as_processes(2, partial(worker, tmp_path, "run", "ddp", dying, minutes=0.1))
+    processes[0].join(60)
+    assert processes[0].exitcode == 3
+    processes[1].kill()
+    message = (tmp_path / "error-0.txt").read_text()
+    assert "another of the 2 processes has ended, or does not answer" in message
+    assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-000003"]
+
+
+def test_one_process_asked_to_stop_stops_all(tmp_path):
+    def asked(step, turn):
+        if turn == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return double_batch(step, turn)
+
+    assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked))) == [0, 0]
+    assert names(tmp_path / "run") == ["step-000003", "step-000005"]
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_every_process_validates_its_share(tmp_path):
+    def work():
+        process_group()
+        unet, seen = build_unet(), []
+
+        def validate(model, rank, world):
+            assert not model.training
+            seen.append((rank, world))
+            return dict(loss=torch.tensor(1. + rank))
+
+        log = fit(numbers(), unet, unet_loss, latent_batch, tmp_path / "run", exchange,
+                  validate=validate)
+        rank = int(os.environ["RANK"])
+        found = dict(seen=seen, rows=[r["valid_loss"] for r in log.rows if "valid_loss" in r])
+        (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+
+    assert ends(as_processes(2, work)) == [0, 0]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == dict(
+            seen=[[rank, 2]] * 3, rows=[1.5] * 3)
+    assert names(tmp_path / "run") == ["best", "step-000006", "step-000007"]
 
 
 # Which batch is whose
@@ -457,10 +647,10 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("every", [2, 4])
 def test_image_batches_have_their_share(world, every):
-    turns = [[is_image_batch(step, rank, world, 5, every) for rank in range(world)]
+    turns = [[is_image_batch(step, step * world + rank, 5, 1 / every) for rank in range(world)]
              for step in range(5, 5 + 12 * every)]
     assert sum(map(sum, turns)) == 12 * world
-    assert all(is_image_batch(step, rank, world, 5, every)
+    assert all(is_image_batch(step, step * world + rank, 5, 1 / every)
                for step in range(5) for rank in range(world))
     if world % every == 0:
         assert all(sum(turn) == world // every for turn in turns)
@@ -646,6 +836,3 @@ def test_last_timestep_is_not_passed(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kinds: torch.ones(*size))
     assert (draw_timesteps(3, training_scheduler(), 3.) == 999).all()
 
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -462,7 +462,7 @@ def test_a_broken_function_is_noticed(name, monkeypatch):
 
 def learn(model, folder=None, steps=4, **config):
     "A few steps on random clips."
-    def batch(step, rank, world):
+    def batch(step, turn):
         g = torch.Generator().manual_seed(step)
         return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g) * 2 - 1, step=torch.tensor(step))
     cfg = FitConfig(steps=steps, batch_size=1, lr=1e-3, log_every=1, save_every=1, **config)
@@ -493,7 +493,7 @@ def test_goes_on_where_it_stopped(tmp_path):
                     raise KeyboardInterrupt
                 return super().forward(x, y)
 
-        def batch(step, rank, world):
+        def batch(step, turn):
             g = torch.Generator().manual_seed(step)
             return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g) * 2 - 1, step=torch.tensor(step))
         cfg = FitConfig(steps=4, batch_size=1, lr=1e-3, log_every=1, save_every=1)

@@ -27,7 +27,7 @@ from .recogniser import recognise, score
 from .scores import benchmark, clips_of
 from .shapes import MovingShapes, captions
 from .text import tokenize
-from .trainers import FitConfig, denoising_loss, draw_latents, fit, is_image_batch, load_frozen, process_group, step_seed, training_scheduler, write_run
+from .trainers import FitConfig, denoising_loss, draw_latents, fit, is_image_batch, load_frozen, process_group, turn_seed, training_scheduler, write_run
 from .unet import SIZES, VersVideoUNet
 
 # %% ../nbs/14_ablation.ipynb #14a-11
@@ -84,9 +84,9 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
     set_seed(seed)
     unet = without_excitations(VersVideoUNet(**row.unet | dict(block_out_channels=budget.widths, experts=(variant.experts,) * 2, sample_size=row.latent())), variant.without)
 
-    def batches(step, rank, processes):
-        g = torch.Generator().manual_seed(step_seed(seed, step, rank))
-        x, index = draw_latents(latents, cfg.batch_size, is_image_batch(step, rank, processes, cfg.steps // 4), g)
+    def batches(step, turn):
+        g = torch.Generator().manual_seed(turn_seed(seed, turn))
+        x, index = draw_latents(latents, cfg.batch_size, is_image_batch(step, turn, cfg.steps // 4), g)
         ids = texts[index, torch.randint(texts.shape[1], (len(index),), generator=g)]
         ids[torch.rand(len(index), generator=g) < 0.1] = no_text
         return dict(latents=x, ids=ids)
