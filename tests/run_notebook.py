@@ -5,8 +5,8 @@ number). Here a name must be in the notebook's parameters cell and its value get
 default there. OUTPUT is written only when every cell has run; an error is the last thing printed.
 """
 
-import ast
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -14,44 +14,18 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from versvideo.core import atomic_path, pick
+from versvideo.core import atomic_path
+from versvideo.launch import defaults, parse
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 def parameter_cells(notebook: nbformat.NotebookNode) -> list:
     return [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-
-
-def defaults(source: str) -> dict:
-    "Names and values that a parameters cell assigns; ValueError where one is not a literal."
-    found = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
-            raise ValueError(f"line {node.lineno} of the parameters cell is not `name = literal`")
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        found |= {target.id: ast.literal_eval(node.value) for target in targets}
-    return found
-
-
-def parse(arguments: list[str], known: dict) -> dict:
-    "Values of `name=value` arguments, each with the type of the notebook's own default."
-    values = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument!r} is not name=value")
-        default = pick(known, name, "parameter")
-        kind = type(default)
-        try:
-            values[name] = {"True": True, "False": False}[text] if kind is bool else kind(text)
-        except (KeyError, ValueError) as error:
-            wanted = "True or False" if kind is bool else f"a value like {default!r}"
-            raise ValueError(f"{name}={text!r}: give {wanted}") from error
-    return values
 
 
 def leave_out_paths(notebook: nbformat.NotebookNode) -> None:
@@ -61,6 +35,12 @@ def leave_out_paths(notebook: nbformat.NotebookNode) -> None:
         for output in cell.get("outputs", []):
             for place, name in places.items() if "text" in output else ():
                 output["text"] = output["text"].replace(f"{place}/", f"{name}/")
+
+
+def pass_on(*_: object) -> None:
+    "SIGTERM is for the notebook, which saves what it trains."
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
 
 
 def run(notebook: str, output: str, arguments: list[str]) -> None:
@@ -90,9 +70,12 @@ def main(notebook: str, output: str, *arguments: str) -> str | None:
     os.chdir(REPO)
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # no widgets here, and no path in the record
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, pass_on)
     try:
         run(notebook, output, list(arguments))
     except PapermillExecutionError as error:
+        if error.ename == "Preempted":
+            return print(f"{notebook} was stopped: {error.evalue}")
         return f"{notebook} failed.\n{error.ename}: {error.evalue}"
     except DeadKernelError:
         return f"{notebook} failed: its process was killed, most often because memory ran out."

@@ -33,7 +33,7 @@ ORDER = [
     {"recogniser"},
     {"shapes", "styles"},
     {"data", "metrics"},
-    {"unet", "reading", "shards"},
+    {"unet", "reading", "shards", "checkpoints", "launch"},
     {"latents", "vae"},
     {"weights", "plan"},
     {"cost", "controlnet"},

@@ -21,7 +21,6 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,7 @@ from .checkpoints import Parts, load_checkpoint, save_checkpoint, whole
 from .core import progress, provenance, repo_path, writable_folder, write_csv, write_json
 from .pipeline import WEIGHTS, VersVideoPipeline, load_pipeline
 from .saved import quiet_bars
+from .shards import is_image_turn
 from .unet import SIZES, VersVideoUNet
 from .vae import TCMVAE, load_vae
 
@@ -389,10 +389,8 @@ def is_image_batch(
     image_steps: int,      # Steps at the start with images only
     image_rank_fraction: float = 0.25,  # Share of the batches after that (paper: a quarter of the GPUs)
 ) -> bool:
-    "Whether a batch is one of images; ValueError for a share outside [0, 1]."
-    if not 0 <= image_rank_fraction <= 1: raise ValueError(f"image_rank_fraction={image_rank_fraction}: give a share from 0 to 1")
-    share = Fraction(image_rank_fraction).limit_denominator(1000)
-    return step < image_steps or math.floor(turn * share) > math.floor((turn - 1) * share)
+    "Whether a batch is one of images."
+    return is_image_turn(turn, image_rank_fraction) or step < image_steps
 
 
 def draw_latents(
@@ -481,3 +479,8 @@ def load_trained(
         with quiet_bars(): tower = CLIPVisionModelWithProjection.from_pretrained(image_encoder or base_of(size) / "image_encoder", dtype=torch.float32, use_safetensors=True)
         pipe.register_modules(image_encoder=tower.eval())
     return pipe
+
+# %% ../nbs/14_trainers.ipynb #14-34
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
+    from versvideo.launch import main
+    main()
