@@ -48,7 +48,7 @@ def test_size_that_does_not_fit_is_refused_before_allocation(monkeypatch):
             require_training_memory("S", SIZES["S"], numbers(batch_size=64), False, torch.device("cpu"))
         require_training_memory("S", SIZES["S"], numbers(batch_size=64), True, torch.device("cpu"))
     for text in ("training size H (205", "for a batch of 1 clips", "needs 46.", "GiB on cpu",
-                 "27.9 GiB are free", "smaller size", "accelerate launch", "-p size H"):
+                 "27.9 GiB are free", "smaller size", "accelerate launch", "size=H"):
         assert text in str(error.value)
 
 

@@ -34,6 +34,7 @@ from versvideo.latents import (
     fit_latent_scale,
 )
 from versvideo.saved import change_config
+from versvideo.shards import LatentBatches, tensor_sample, write_shards
 from versvideo.trainers import (
     FitConfig,
     denoising_loss,
@@ -619,13 +620,19 @@ def test_one_process_asked_to_stop_stops_all(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_every_process_validates_its_share(tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_process_validates_its_share(tmp_path, kind):
+    "With the averaged weights, and leaves the others as they are."
     def work():
         process_group()
+        if kind == "fsdp":
+            shard_here()
         unet, seen = build_unet(), []
 
         def validate(model, rank, world):
             assert not model.training
+            clip = latent_batch(9, 1)
+            assert model(clip["latents"], 5, clip["text"]).sample.isfinite().all()
             seen.append((rank, world))
             return dict(loss=torch.tensor(1. + rank))
 
@@ -634,11 +641,15 @@ def test_every_process_validates_its_share(tmp_path):
         rank = int(os.environ["RANK"])
         found = dict(seen=seen, rows=[r["valid_loss"] for r in log.rows if "valid_loss" in r])
         (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+        save_file(unet.state_dict(), tmp_path / f"{rank}.safetensors")
 
     assert ends(as_processes(2, work)) == [0, 0]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == dict(
             seen=[[rank, 2]] * 3, rows=[1.5] * 3)
+    unet = build_unet()
+    fit(numbers(accumulate=2), unet, unet_loss, latent_batch, after_step=exchange)
+    assert furthest(load_file(tmp_path / "0.safetensors"), unet.state_dict()) < 1e-4
     assert names(tmp_path / "run") == ["best", "step-000006", "step-000007"]
 
 
@@ -738,6 +749,37 @@ def test_latents_are_made_anew_for_another_world_or_autoencoder(vae, tmp_path):
     retrained = copy.deepcopy(vae)
     torch.nn.init.constant_(retrained.quant_conv.bias, 0.5)
     assert changed(retrained)
+
+
+def test_shards_teach_what_pixels_teach(vae, tmp_path):
+    "Latents and embeddings from shards, or encoded anew from the same clips, batch by batch."
+    fit_latent_scale(vae, World().clips)
+    world = World()
+    embeddings = torch.randn(9, 2, 3, 6)   # of two captions each
+
+    def make(numbers):
+        return [tensor_sample(dict(latents=encode_clips(vae, world.clips[i:i + 1])[0],
+                                   text=embeddings[i])) for i in numbers]
+
+    write_shards(make, 9, tmp_path / "shards", 4)
+    batches = LatentBatches(tmp_path / "shards", 2, fraction=0.5)
+
+    def from_pixels(step, turn):
+        image = is_image_batch(step, turn, 1, 0.5)
+        g = torch.Generator().manual_seed(turn)
+        clips = batches.numbers(turn, image)
+        said = [int(torch.randint(2, (), generator=g)) for _ in clips]
+        z = torch.cat([encode_clips(vae, world.clips[i:i + 1]) for i in clips])
+        if image:
+            frames = [int(torch.randint(2, (), generator=g)) for _ in clips]
+            z = torch.stack([one[:, [t]] for one, t in zip(z, frames, strict=True)])
+        text = [embeddings[i, k] for i, k in zip(clips, said, strict=True)]
+        return dict(latents=z, text=torch.stack(text))
+
+    ours, rows = train(batch_fn=lambda step, turn: batches(turn, is_image_batch(step, turn, 1, 0.5)))
+    theirs, others = train(batch_fn=from_pixels)
+    assert far(ours, theirs) < 1e-6 and far(ours, build_unet()) > 1e-3
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in others])
 
 
 def test_half_made_latents_are_not_kept(vae, tmp_path, monkeypatch):

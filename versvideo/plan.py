@@ -159,11 +159,18 @@ def measured_peak(
     return peak() - start
 
 # %% ../nbs/13_plan.ipynb #13-25
-def launch_command(size: str, processes: int = 1) -> str:
-    "How the training notebook is started, on one GPU or on several of one machine."
-    run = f"papermill nbs/20_train_unet.ipynb {{}} -p size {size} -p out results/20_train_unet-{size}-s0"
-    if processes == 1: return run.format(f"results/20_train_unet-{size}-s0.ipynb")
-    return f"accelerate launch --num_processes {processes} --no_python bash -c '{run.format('out-$RANK.ipynb')}'"
+def launch_command(
+    size: str,
+    processes: int = 1,     # GPUs
+    machines: int = 1,      # With as many of them each
+    sharded: bool = False,  # By FSDP2, where the states of a size are too large for one GPU
+) -> str:
+    "How the training of the UNet is started."
+    run = f"results/20_train_unet-{size}-s0"
+    if processes == 1: return f"papermill nbs/20_train_unet.ipynb {run}.ipynb -p size {size} -p out {run}"
+    cluster = f" --num_machines {machines} --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500" if machines > 1 else ""
+    shard = " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP" if sharded else ""
+    return f"accelerate launch --num_processes {processes}{cluster}{shard} -m versvideo.trainers nbs/20_train_unet.ipynb size={size} out={run}"
 
 
 def require_training_memory(
@@ -172,14 +179,15 @@ def require_training_memory(
     cfg,                                 # `FitConfig`: its batch size and precision count
     checkpointing: bool = False,         # With gradient checkpointing
     device: torch.device | None = None,  # Where it would train
+    shards: int = 1,                     # Processes that share the states, with FSDP
 ):
     "MemoryError, before anything is allocated, when weights, optimiser and one batch of a size do not fit."
     need = training_bytes(size, cfg.mixed_precision)
-    batch = cfg.batch_size * need["a clip, checkpointed" if checkpointing else "a clip"]
+    batch, kept = cfg.batch_size * need["a clip, checkpointed" if checkpointing else "a clip"], states(need) / shards
     require_memory(
-        states(need) + batch, f"training size {name} ({need['weights']/4e6:.0f} M parameters: {states(need)/2**30:.1f} GiB for weights, gradients, AdamW and moving "
+        kept + batch, f"training size {name} ({need['weights']/4e6:.0f} M parameters: {kept/2**30:.1f} GiB for weights, gradients, AdamW and moving "
         f"average, {batch/2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
-        f"take a smaller size, or a machine with so much on each GPU, there with: {launch_command(name, 8)}", device=device)
+        f"take a smaller size, or a machine with so much on each GPU, there with: {launch_command(name, 8)}, or share the states: {launch_command(name, 8, sharded=True)}", device=device)
 
 
 def show_plan(
@@ -200,4 +208,4 @@ def show_plan(
     print(show_table([dict(what=name, GB=round(n / 1e9, 2)) for name, n in need.items()]), end="\n\n")
     print(show_table([{"GPU": f"{card} GB", "clips that fit": largest_batch(need, card * 1e9, False),
                  "clips that fit, checkpointed": largest_batch(need, card * 1e9, True)} for card in cards]), end="\n\n")
-    for processes in (1, 8): print(launch_command(name, processes))
+    for gpus in (dict(processes=1), dict(processes=8), dict(processes=8, sharded=True), dict(processes=64, machines=8, sharded=True)): print(launch_command(name, **gpus))

@@ -220,11 +220,13 @@ def naming_lost_processes(world: int):
 
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
     "Means over all processes of what `validate` gave with the averaged weights; clips go to the trackers."
-    set_seed(turn_seed(step, accelerator.process_index))   # the next batch is seeded anew
+    set_seed(turn_seed(0, accelerator.process_index))   # the same noise each time; the next batch is seeded anew
     if ema: ema.store(objective.parameters()), ema.copy_to(objective.parameters())
+    if accelerator.is_fsdp2: objective.unshard()   # what is no part of a layer
     model.eval()
     with torch.no_grad(): found = validate(model, accelerator.process_index, accelerator.num_processes)
     model.train()
+    if accelerator.is_fsdp2: objective.reshard()
     if ema: ema.restore(objective.parameters())
     everyone = gather_object([{k: v if isinstance(v, torch.Tensor) and v.ndim else float(v) for k, v in found.items()}])
     numbers = {f"valid_{k}": sum(one[k] for one in everyone) / len(everyone) for k in found if isinstance(everyone[0][k], float)}
@@ -250,7 +252,7 @@ def fit(
     after_step=None,    # `(model) -> None`, after each optimiser step
     pretrained=(),      # Names of parameters that learn at `cfg.pretrained_share` of the rate
     run: dict | None = None,  # What else makes this run what it is; a checkpoint of another one is refused
-    validate=None,      # `(model, rank, world) -> dict` of scalars with a "loss", and of clips to look at; before each checkpoint
+    validate=None,      # `(model, rank, world) -> dict` of scalars with a "loss", and of clips to look at, before each checkpoint; each process must call the model as often
 ) -> Log:
     "Train on accelerate: AdamW, warm-up and cosine, clipping, moving average, checkpoints, resume; `Preempted` after SIGTERM."
     accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn, pretrained, folder)
@@ -291,7 +293,10 @@ def fit(
                 accelerator.log({k: v for k, v in log.rows[-1].items() if k != "step"}, step=done)
             if folder and (done % cfg.save_every == 0 or last or stop):
                 scores = validated(accelerator, objective, ema, validate, inner.model, done) if validate and not stop else {}
-                if scores: log.rows.append(dict(step=done, **scores)), accelerator.log(scores, step=done)
+                if scores:
+                    if not log.rows or log.rows[-1]["step"] != done: log.rows.append(dict(step=done))
+                    log.rows[-1] |= scores
+                    accelerator.log(scores, step=done)
                 best = "valid_loss" in scores and (log.best is None or scores["valid_loss"] < log.best)
                 if best: log.best = scores["valid_loss"]
                 state = dict(step=done, schedule=schedule.state_dict(), scaler=accelerator.scaler and accelerator.scaler.state_dict())

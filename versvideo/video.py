@@ -124,7 +124,7 @@ def read_video(
     stride: int | None = None,  # Every so many frames from the first on, in place of evenly spaced
     fps: float | None = None,   # In place of both, so many a second from the first on; at most `frames`
 ) -> torch.Tensor:              # uint8 `c t h w`
-    "Read a video; FileNotFoundError, ValueError for a damaged file, ImportError without decord."
+    "Read a video; FileNotFoundError, ValueError for a damaged file."
     path = Path(path)
     if fps is not None and (stride is not None or not fps > 0):
         raise ValueError(f"{fps=}, {stride=}: give frames a second, above 0, or a stride, not both")
@@ -148,10 +148,8 @@ def _chosen(times, frames, path, stride, fps, end=None):
 
 
 def _decord_frames(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
-    try:
-        import decord
-    except ImportError as error:
-        raise ImportError("reading video needs decord: pip install 'versvideo[video]'") from error
+    try: import decord
+    except ImportError: return _av_frames(path, frames, stride, fps)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
@@ -160,13 +158,18 @@ def _decord_frames(path: Path, frames: int | None, stride: int | None, fps: floa
 
 
 def _av_frames(path, frames, stride, fps):
-    "The same by PyAV: slower, of more kinds of video."
+    "The same by PyAV: slower, of more kinds of video. Times are read without decoding, and frames up to the last that is asked for."
     try:
-        with av.open(str(path)) as file: times = np.array([float(frame.time) for frame in file.decode(video=0)])
-        wanted = _chosen(times, frames, path, stride, fps)
-        with av.open(str(path)) as file: kept = {i: np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for i, frame in enumerate(file.decode(video=0)) if i in wanted}
-    except (av.FFmpegError, IndexError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
-    return np.stack([kept[i] for i in wanted])
+        with av.open(str(path)) as file: times = sorted(float(p.pts * p.time_base) for p in file.demux(video=0) if p.size and p.pts is not None and not p.is_discard)
+        if not times:   # a file that does not say
+            with av.open(str(path)) as file: times = [float(frame.time) for frame in file.decode(video=0)]
+        wanted, kept = _chosen(np.array(times), frames, path, stride, fps), {}
+        with av.open(str(path)) as file:
+            for i, frame in enumerate(file.decode(video=0)):
+                if i in wanted: kept[i] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                if i >= wanted[-1]: break
+        return np.stack([kept[i] for i in wanted])
+    except (av.FFmpegError, IndexError, KeyError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
 
 
 def _rgb(frame: np.ndarray) -> np.ndarray:
