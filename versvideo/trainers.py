@@ -233,7 +233,7 @@ def validated(accelerator, objective, ema, validate, model, step) -> dict:
     for name in found.keys() - {k.removeprefix("valid_") for k in numbers}:
         from versvideo.show import contact_sheet
         clips = torch.cat([one[name].cpu() for one in everyone])
-        for tracker in accelerator.trackers: tracker.log_images({name: np.asarray(contact_sheet(list(clips), frames=8))[None]}, step=step)
+        for tracker in accelerator.trackers: tracker.log_images({name: np.asarray(contact_sheet(list(clips), frames=8))[None]}, step=step, **(dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}))
     return numbers
 
 
