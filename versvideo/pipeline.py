@@ -44,6 +44,7 @@ from versvideo.controlnet import (
 )
 from .core import best_device, pick, read_json, repo_path, require_memory
 from .saved import check_loaded, check_saved, quiet_bars
+from .latents import encode_clips
 from .text import encode_text, known_words, unknown_words
 from .unet import SIZES, VersVideoUNet
 from .vae import TCMVAE
@@ -363,15 +364,39 @@ class VideoDenoiser(DiffusionPipeline):
         negative, positive = eps.chunk(2)
         return negative + self.guidance_scale * (positive - negative)
 
+    def given_frames(self, plan, noise) -> tuple | None:
+        "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are."
+        if plan is None or "image" not in plan.conditions:
+            return None
+        clip = plan.conditions["image"]
+        given = clip[:, 3, :, 0, 0] > 0.5
+        some = given.any(0)
+        known = torch.zeros_like(noise)
+        if some.any():
+            known[:, :, some] = encode_clips(self.vae, clip[:, :3, some] * 2 - 1).to(noise)
+        return known, noise, given
+
+    def hold(self, latents, held, control, t_idx=None) -> torch.Tensor:
+        "Latents with the given frames as they are at a diffusion step (None: at the end), where \"image\" counts in full."
+        strength = (control or {"scales": {}})["scales"].get("image")
+        if held is None or strength is None:
+            return latents
+        known, noise, given = held
+        there = (given & (strength >= 1))[:, None, :, None, None]
+        if t_idx is not None:
+            known = self.scheduler.add_noise(known, noise, t_idx.reshape(1).to(known.device))
+        return torch.where(there, known, latents)
+
     def denoise(self, latents, step_kwargs, callback, callback_inputs, plan=None, style=None,
-                style_scale=1.0, **embeds) -> torch.Tensor:
+                style_scale=1.0, held=None, **embeds) -> torch.Tensor:
         "Walk down the scheduler's timesteps, handing the named tensors to `callback` after each."
-        memory = {}   # conditions do not change from step to step
+        memory, control = {}, None   # conditions do not change from step to step
         with self.progress_bar(total=self.num_timesteps) as bar:
             for i, t_idx in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
                 control = plan and plan.at(i, self.num_timesteps)
+                latents = self.hold(latents, held, control, t_idx)
                 eps = self.predict_noise(latents, t_idx, **embeds, style=style,
                                          style_scale=style_scale, control=control,
                                          memory=memory)
@@ -384,6 +409,7 @@ class VideoDenoiser(DiffusionPipeline):
                     latents = tensors.pop("latents")
                     embeds = tensors
                 bar.update()
+        latents = self.hold(latents, held, control)
         if getattr(self, "final_offload_hook", None) is not None and self.controlnet is not None:
             self.controlnet.to("cpu")   # no other model's turn moves it away before decoding
         return latents
@@ -417,7 +443,7 @@ class VersVideoPipeline(VideoDenoiser):
         condition_scales: float | dict = 1.0,                # One, or by name; a number or one a frame
         control_start: float | dict = 0.0,                   # Share of the steps; one, or by name
         control_end: float | dict = 1.0,                     # Share of the steps; one, or by name
-        image=None,                                          # First frame: the condition "image"
+        image=None,                                          # First frame: the condition "image", held at a strength of 1
         style_image=None,                                    # A picture whose style is wanted
         style_scale: float = 1.0,                            # How much; 0: not at all
     ) -> VersVideoPipelineOutput | tuple:
@@ -473,10 +499,11 @@ class VersVideoPipeline(VideoDenoiser):
         for name in plan.idle(self._num_timesteps) if plan else ():
             warnings.warn(f"condition {name!r} counts at none of {self._num_timesteps} steps: move "
                           "control_start or control_end, or take more steps", stacklevel=2)
+        held = self.given_frames(plan, latents)
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),
-            callback_on_step_end, handed, plan, style, style_scale, prompt_embeds=positive,
+            callback_on_step_end, handed, plan, style, style_scale, held, prompt_embeds=positive,
             negative_prompt_embeds=negative)
         videos = latents if output_type == "latent" else finish(
             decode_latents(self.vae, latents, decode_chunk_size) / 2 + 0.5)
