@@ -157,12 +157,13 @@ def feed_forward(token, weight_in, bias_in, weight_out, bias_out):
 
 
 def expert_weights(p):
-    return [p[f"{layer}.{kind}"] for layer in ("expand", "contract") for kind in ("weight", "bias")]
+    "`e ...`, from the stacks `out e ...` of the module."
+    return [p[f"{layer}.{kind}"].movedim(1, 0) for layer in ("expand", "contract") for kind in ("weight", "bias")]
 
 
 def moe(tokens, p, order):
     "Equation (6) on the tokens `l d` of one item: shuffle, split, feed forward, unshuffle."
-    L, N = len(tokens), len(p["expand.weight"])
+    L, N = len(tokens), p["expand.weight"].shape[1]
     shuffled = [tokens[i] for i in order]
     done = []
     for e in range(N):

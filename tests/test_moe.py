@@ -34,7 +34,7 @@ def in_order(seed, x_len):
 
 def stacks(module):
     "The experts' parameters, each with its axis of experts, also where there is only one."
-    return {name: p if module.experts > 1 else p[None] for name, p in module.named_parameters()}
+    return {name: p if module.experts > 1 else p[:, None] for name, p in module.named_parameters()}
 
 
 def compare_experts(experts, length, version=literal):
@@ -66,9 +66,9 @@ def compare_temporal(version=literal, training=True, attentions=1):
 
 def compare_exchange(version=literal, beta=0.3):
     module = literal.randomise(ExpertFeedForward(4, 3))
-    want = version.exchange([p.detach().clone() for p in module.parameters()], beta)
+    want = version.exchange([p.detach().movedim(1, 0).clone() for p in module.parameters()], beta)
     exchange_experts(module, beta)
-    return max((p - w).abs().max().item()
+    return max((p.movedim(1, 0) - w).abs().max().item()
                for p, w in zip(module.parameters(), want, strict=True))
 
 
@@ -88,7 +88,7 @@ def routed(module, length):
     "Which expert took each token: expert e answers e whatever it is asked."
     with torch.no_grad():
         module.contract.weight.zero_()
-        module.contract.bias.copy_(torch.arange(float(module.experts))[:, None])
+        module.contract.bias.copy_(torch.arange(float(module.experts)))
     return module(torch.randn(2, length, 4))
 
 
@@ -106,7 +106,7 @@ def test_groups_are_equal_random_and_new_every_time():
 
 def test_experts_start_as_copies():
     for p in ExpertFeedForward(4, 3).parameters():
-        assert torch.equal(p[0], p[1]) and torch.equal(p[0], p[2])
+        assert torch.equal(p[:, 0], p[:, 1]) and torch.equal(p[:, 0], p[:, 2])
 
 
 @pytest.mark.parametrize("beta", [0., 0.001, 0.3, 1.])
@@ -117,11 +117,11 @@ def test_exchange(beta):
 def test_exchange_by_hand():
     module = ExpertFeedForward(1, 3, mult=1)
     with torch.no_grad():
-        module.contract.bias.copy_(torch.tensor([[0.], [10.], [20.]]))
+        module.contract.bias.copy_(torch.tensor([[0., 10., 20.]]))
     exchange_experts(module)
-    assert torch.allclose(module.contract.bias, torch.tensor([[0.015], [10.], [19.985]]))
+    assert torch.allclose(module.contract.bias, torch.tensor([[0.015, 10., 19.985]]))
     old = torch.tensor([0., 10., 20.])
-    assert torch.allclose(literal.exchange([old], 0.001)[0], module.contract.bias.detach()[:, 0])
+    assert torch.allclose(literal.exchange([old], 0.001)[0], module.contract.bias.detach()[0])
 
 
 def test_exchange_leaves_everything_else_alone():
@@ -135,7 +135,7 @@ def test_exchange_leaves_everything_else_alone():
 
 def test_merge():
     module, x = literal.randomise(ExpertFeedForward(6, 3)).eval(), tokens(2, 4, 6)
-    want = [literal.merged(p.detach()) for p in module.parameters()]
+    want = [literal.merged(p.detach().movedim(1, 0)) for p in module.parameters()]
     before = module(x)
     module.expand.bias.requires_grad_(False)
     merge_experts(module)

@@ -524,6 +524,7 @@ def worker(folder, name, kind="ddp", batch_fn=latent_batch, minutes=10, **change
     except Exception as error:
         (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         os._exit(3)
+    process_group().wait_for_everyone()   # a notebook goes on together
     save_file(unet.state_dict(), folder / f"{name}-{rank}.safetensors")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in log.rows]
     (folder / f"{name}-{rank}.json").write_text(json.dumps(rows))
@@ -549,7 +550,8 @@ def furthest(ours, theirs):
 def test_two_processes_equal_one_with_two_batches(tmp_path, kind):
     "Weights, moments, moving average and experts, after 20 steps with images and clips."
     more = dict(steps=20, save_every=10)
-    codes = ends(as_processes(2, partial(worker, tmp_path, "two", kind, double_batch, **more)))
+    work = partial(worker, tmp_path, "two", kind, double_batch, track="tensorboard", **more)
+    codes = ends(as_processes(2, work))
     assert codes == [0, 0], [p.read_text() for p in tmp_path.glob("error-*")]
     want = alone(tmp_path / "one", accumulate=2, **more)
     for rank in (0, 1):
@@ -561,6 +563,7 @@ def test_two_processes_equal_one_with_two_batches(tmp_path, kind):
     start = build_unet().double().state_dict()
     assert [n for n in want if torch.equal(want[n], start[n])] == [], "a part was not trained"
     rows = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
+    assert list((tmp_path / "two").rglob("events.out.*"))
     assert rows[0] == rows[1] and all(r["image_loss"] > 0 and r["clip_loss"] > 0 for r in rows[0])
 
 
@@ -607,6 +610,16 @@ def test_a_lost_process_ends_the_others(tmp_path, how):
     message = (tmp_path / "error-0.txt").read_text()
     assert "another of the 2 processes has ended, or does not answer" in message
     assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-000003"]
+
+
+def test_processes_with_folders_of_their_own_are_refused(tmp_path):
+    "Two machines that share no disk: one would go on where the other starts."
+    def work():
+        worker(tmp_path, "run" if os.environ["RANK"] == "0" else "other", "ddp", double_batch)
+
+    alone(tmp_path / "run", steps=7)
+    assert ends(as_processes(2, work)) == [3, 3]
+    assert "must be one folder" in (tmp_path / "error-1.txt").read_text()
 
 
 def test_one_process_asked_to_stop_stops_all(tmp_path):

@@ -7,6 +7,8 @@ __all__ = ['write_shards', 'Shards', 'Order', 'shard_order', 'sample_order', 'te
            'LatentBatches', 'sample_tensors']
 
 # %% ../nbs/11_shards.ipynb #11s-03
+import hashlib
+import json
 import math
 import tarfile
 import warnings
@@ -49,7 +51,7 @@ def write_shards(
     folder: str | Path,
     per_shard: int = 1000,
     processes: PartialState | None = None,  # Of accelerate; None: this one alone
-    about: dict | None = None,  # What the samples are, for index.json
+    about: dict | None = None,  # What the samples are, for made.json
 ) -> Path:                # The folder, when every shard is there
     "Write samples 0 to n - 1 as `shard-000000.tar` and on; what is there is kept, ValueError for a folder of other samples."
     try: from webdataset import TarWriter
@@ -57,7 +59,7 @@ def write_shards(
     folder = Path(folder)
     if n < 1 or per_shard < 1: raise ValueError(f"n={n}, per_shard={per_shard}: at least 1 each")
     folder.mkdir(parents=True, exist_ok=True)
-    note, now = folder / "made.json", dict(n=n, per_shard=per_shard, about=about or {})
+    note, now = folder / "made.json", json.loads(json.dumps(dict(n=n, per_shard=per_shard, about=about or {})))   # as the file gives it back
     if note.exists() and read_json(note) != now: raise ValueError(f"{folder} holds shards of {read_json(note)}, now asked for {now}: give another folder, or remove it")
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     if rank == 0: write_json(note, now)
@@ -180,6 +182,7 @@ class LatentBatches:
         self.about = read_json(Path(folder) / "made.json")["about"]   # What write_shards was told
         self.batch_size, self.seed, self.fraction = batch_size, seed, fraction
         sizes = tuple(self.shards.sizes.tolist())
+        self.digest = hashlib.sha256(json.dumps([sizes, self.about]).encode()).hexdigest()   # The order of all batches hangs on these
         self.clips, self.images = Order(sizes, 2 * seed), Order(sizes, 2 * seed + 1)
 
     def numbers(self, turn: int, image: bool) -> list:

@@ -118,9 +118,9 @@ def load_translated(
         place = mine[name]
         if value.ndim == place.ndim + 2 and value.shape[2:] == (1, 1): value = value[:, :, 0, 0]
         stacked = ".experts." in name and place.ndim == value.ndim + 1
-        if value.shape != (place.shape[1:] if stacked else place.shape):
+        if value.shape != (place.shape[:1] + place.shape[2:] if stacked else place.shape):   # `out e in`
             wrong.append(f"{key} is {tuple(value.shape)}, the video model has {tuple(place.shape)}")
-        mapped[key], values[name] = name, value
+        mapped[key], values[name] = name, value[:, None] if stacked else value
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(weights)} weights do not fit this UNet: {'; '.join(wrong[:3])}; make one that does with "
                          "VersVideoUNet(**video_config(...)) or, for a motion adapter, adapter_config(...)")

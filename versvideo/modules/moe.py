@@ -19,23 +19,24 @@ from torch import nn
 
 # %% ../../nbs/03_moe.ipynb #03-06
 class ExpertLinear(nn.Linear):
-    "`e` linear maps that start alike: in training each takes its share of the tokens `n b d`, in order; in evaluation all go through their mean."
+    "`e` linear maps `out e in` that start alike: in training each takes its share of the tokens `n b d`, in order; in evaluation all go through their mean."
     def __init__(self, width_in, width_out, experts):
         super().__init__(width_in, width_out)
-        for name, p in list(self.named_parameters()): setattr(self, name, nn.Parameter(p.detach().expand(experts, *p.shape).clone()))
+        for name, p in list(self.named_parameters()): setattr(self, name, nn.Parameter(p.detach()[:, None].repeat_interleave(experts, dim=1)))
 
     def forward(self, x):
-        if not self.training: return F.linear(x, self.weight.mean(0), self.bias.mean(0))
-        if len(x) % len(self.weight) == 0:   # all at once
-            return torch.baddbmm(self.bias[:, None], x.reshape(len(self.weight), -1, x.shape[-1]), self.weight.mT).reshape(*x.shape[:-1], -1)
-        groups = x.tensor_split(len(self.weight))
-        return torch.cat([F.linear(*each) for each in zip(groups, self.weight, self.bias, strict=True)])
+        if not self.training: return F.linear(x, self.weight.mean(1), self.bias.mean(1))
+        experts = self.weight.shape[1]
+        if len(x) % experts == 0:   # all at once
+            return torch.baddbmm(self.bias.T[:, None], x.reshape(experts, -1, x.shape[-1]), self.weight.permute(1, 2, 0)).reshape(*x.shape[:-1], -1)
+        groups = x.tensor_split(experts)
+        return torch.cat([F.linear(*each) for each in zip(groups, self.weight.unbind(1), self.bias.unbind(1), strict=True)])
 
     @torch.no_grad()
     def merged(self):
         "The mean of the maps, a plain linear layer."
         mean = nn.Linear(self.in_features, self.out_features, device="meta").train(self.training)
-        for name, p in self.named_parameters(): setattr(mean, name, nn.Parameter(p.mean(0), requires_grad=p.requires_grad))
+        for name, p in self.named_parameters(): setattr(mean, name, nn.Parameter(p.mean(1), requires_grad=p.requires_grad))
         return mean
 
 
@@ -72,7 +73,7 @@ def exchange_experts(
     "Move every expert towards the mean of the others, in place (equations 7 and 8); call it after the optimiser step."
     for stack in (m for m in module.modules() if isinstance(m, ExpertLinear)):
         for p in stack.parameters():
-            p.lerp_(p.mean(0), beta * len(p) / (len(p) - 1))
+            p.lerp_(p.mean(1, keepdim=True), beta * p.shape[1] / (p.shape[1] - 1))
 
 # %% ../../nbs/03_moe.ipynb #03-20
 def merge_experts(
