@@ -37,7 +37,7 @@ def build(temporal=True, apart=True, **changes):
         for name, p in unet.named_parameters():
             noise = 0.1 * torch.randn_like(p)
             if temporal or not mixes_frames(name):
-                p.add_(noise[:1] if ".experts." in name and not apart else noise)
+                p.add_(noise[:, :1] if ".experts." in name and not apart else noise)
     return unet
 
 
@@ -242,7 +242,7 @@ def test_exchange_pulls_experts_together():
     unet = build()
     want = {n: p.clone() for n, p in unet.named_parameters()}
     for name in [n for n in want if ".experts." in n]:
-        want[name] = literal.exchange([want[name].detach()], 0.3)[0]
+        want[name] = literal.exchange([want[name].detach().movedim(1, 0)], 0.3)[0].movedim(0, 1)
     before, twin = spread(unet), copy.deepcopy(unet)
     unet.exchange_experts(0.3)
     twin.exchange_experts(0.3)
@@ -263,7 +263,8 @@ def test_exchange_has_the_paper_s_default():
     unet.exchange_experts()
     after = dict(unet.named_parameters())
     for name, stack in stacks.items():
-        assert (after[name].movedim(1, 0) - literal.exchange([stack.movedim(1, 0)], 0.001)[0]).abs().max() < 1e-6
+        want = literal.exchange([stack.movedim(1, 0)], 0.001)[0]
+        assert (after[name].movedim(1, 0) - want).abs().max() < 1e-6
     assert far([after[n] for n in stacks], stacks.values()) > 1e-5
 
 
