@@ -179,6 +179,7 @@ class StyleAdapter(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.linear = nn.Linear(embedding_dim, tokens * cross_attention_dim)
+        nn.init.zeros_(self.linear.weight), nn.init.normal_(self.linear.bias, std=0.5)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         "Tokens for embeddings of length 1; ValueError for another shape."
