@@ -339,30 +339,30 @@ class VideoDenoiser(DiffusionPipeline):
         return tokens.to(self._execution_device).repeat_interleave(rows // len(pictures), dim=0)
 
     def predict_noise(self, latents, t_idx, prompt_embeds, negative_prompt_embeds, style=None,
-                      style_scale=1.0, control=None, memory=None) -> torch.Tensor:
-        "The UNet's ε in fp32, guided when `guidance_scale` is above 1."
+                      style_scale=1.0, style_guidance=None, control=None, memory=None) -> torch.Tensor:
+        "The UNet's ε in fp32, guided when `guidance_scale` is above 1, and by the style apart when `style_guidance` is given."
         x = self.scheduler.scale_model_input(latents, t_idx).to(self.unet.dtype)
-        tokens, weights, twice = prompt_embeds, None, self.do_classifier_free_guidance
-        if twice:
-            x, tokens = torch.cat([x, x]), torch.cat([negative_prompt_embeds, prompt_embeds])
-        if style is not None:
-            strength = torch.full((len(x),), float(style_scale), device=x.device)
-            if twice:
-                strength[:len(style)] = 0   # the negative half has no style
-                style = torch.cat([style, style])
-            tokens, weights = join_tokens(tokens, style, strength)
+        apart = style is not None and style_guidance is not None
+        texts = [negative_prompt_embeds] * self.do_classifier_free_guidance + [prompt_embeds] * (1 + apart)
+        times, weights = len(texts), None
+        x, tokens = torch.cat([x] * times), torch.cat(texts)
+        if style is not None:   # only the last part has one
+            strength = torch.zeros(len(x), device=x.device)
+            strength[-len(style):] = style_scale
+            tokens, weights = join_tokens(tokens, torch.cat([style] * times), strength)
         added = {}
         if control is not None:
-            control = {key: {name: torch.cat([v, v]) if twice else v for name, v in part.items()}
+            control = {key: {name: torch.cat([v] * times) for name, v in part.items()}
                        for key, part in control.items()}
             down, middle = self.controlnet(x, t_idx, tokens, token_weights=weights, **control,
                                            memory=memory, return_dict=False)
             added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
-        eps = self.unet(x, t_idx, tokens, token_weights=weights, **added).sample.float()
-        if not twice:
-            return eps
-        negative, positive = eps.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+        first, *others = self.unet(x, t_idx, tokens, token_weights=weights, **added).sample.float().chunk(times)
+        scales = [self.guidance_scale] * self.do_classifier_free_guidance + [style_guidance] * apart
+        eps, before = first, first
+        for scale, part in zip(scales, others, strict=True):   # each beyond the one before
+            eps, before = eps + scale * (part - before), part
+        return eps
 
     def given_frames(self, plan, noise) -> tuple | None:
         "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are."
@@ -388,7 +388,7 @@ class VideoDenoiser(DiffusionPipeline):
         return torch.where(there, known, latents)
 
     def denoise(self, latents, step_kwargs, callback, callback_inputs, plan=None, style=None,
-                style_scale=1.0, held=None, **embeds) -> torch.Tensor:
+                style_scale=1.0, style_guidance=None, held=None, **embeds) -> torch.Tensor:
         "Walk down the scheduler's timesteps, handing the named tensors to `callback` after each."
         memory, control = {}, None   # conditions do not change from step to step
         with self.progress_bar(total=self.num_timesteps) as bar:
@@ -398,7 +398,8 @@ class VideoDenoiser(DiffusionPipeline):
                 control = plan and plan.at(i, self.num_timesteps)
                 latents = self.hold(latents, held, control, t_idx)
                 eps = self.predict_noise(latents, t_idx, **embeds, style=style,
-                                         style_scale=style_scale, control=control,
+                                         style_scale=style_scale,
+                                         style_guidance=style_guidance, control=control,
                                          memory=memory)
                 latents = self.scheduler.step(eps, t_idx, latents, **step_kwargs).prev_sample
                 if callback is not None:
@@ -446,6 +447,7 @@ class VersVideoPipeline(VideoDenoiser):
         image=None,                                          # First frame: the condition "image", held at a strength of 1
         style_image=None,                                    # A picture whose style is wanted
         style_scale: float = 1.0,                            # How much; 0: not at all
+        style_guidance: float | None = None,                 # Guidance by the picture beyond the text; None: together with it
     ) -> VersVideoPipelineOutput | tuple:
         "Generate; ValueError or TypeError for what cannot work, a warning for unknown words."
         if not isinstance(conditions or {}, dict):
@@ -456,10 +458,12 @@ class VersVideoPipeline(VideoDenoiser):
                 ("condition_scales", condition_scales, 1.0, not controlled),
                 ("control_start", control_start, 0.0, not controlled),
                 ("control_end", control_end, 1.0, not controlled),
-                ("style_scale", style_scale, 1.0, style_image is None)):
-            if missing and not (isinstance(value, (int, float)) and value == default):
+                ("style_scale", style_scale, 1.0, style_image is None),
+                ("style_guidance", style_guidance, None, style_image is None)):
+            given = value is not None if default is None else not (isinstance(value, (int, float)) and value == default)
+            if missing and given:
                 raise ValueError(f"{name}={value!r} has nothing to count for: give "
-                                 f"{'style_image' if name == 'style_scale' else 'conditions'}")
+                                 f"{'style_image' if name.startswith('style') else 'conditions'}")
         if controlled and self.controlnet is None:
             raise ValueError("conditions and image need a pipeline with a ControlNet: train one "
                              "with nbs/22_train_controlnet.ipynb")
@@ -474,7 +478,8 @@ class VersVideoPipeline(VideoDenoiser):
         check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=16 if decode_chunk_size is None else decode_chunk_size,
                      num_videos_per_prompt=num_videos_per_prompt)
         check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000),
-                      style_scale=(style_scale, 0, 1000))
+                      style_scale=(style_scale, 0, 1000),
+                      **({} if style_guidance is None else dict(style_guidance=(style_guidance, 0, 1000))))
         generator = as_generators(generator)
         finish = pick(OUTPUT_TYPES, output_type, "output_type")
         handed = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -503,7 +508,8 @@ class VersVideoPipeline(VideoDenoiser):
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),
-            callback_on_step_end, handed, plan, style, style_scale, held, prompt_embeds=positive,
+            callback_on_step_end, handed, plan, style, style_scale, style_guidance, held,
+            prompt_embeds=positive,
             negative_prompt_embeds=negative)
         videos = latents if output_type == "latent" else finish(
             decode_latents(self.vae, latents, decode_chunk_size) / 2 + 0.5)
