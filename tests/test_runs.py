@@ -77,6 +77,14 @@ def test_records_of_a_training_run(path):
     assert record_faults(path) == []
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_a_record_is_small(path):
+    "A run, its executed notebook with it, is at most 500 KB; weights and checkpoints are not committed."
+    left_out = {"weights", "checkpoints", "cache"}
+    files = [p for p in path.with_suffix("").rglob("*") if p.is_file() and not left_out & {*p.parts}]
+    assert sum(p.stat().st_size for p in [path, *files]) <= 500 * 1024
+
+
 def test_records_agree():
     assert {run["run"] for run in read_runs(REPO / "results")} == {path.stem for path in RESULTS}
 
