@@ -52,9 +52,10 @@ def control(unet):
 def pipe():
     torch.manual_seed(0)
     pipe = load_trained("smoke")
+    awake(pipe.unet)   # an untrained one does not listen
     parts = VersVideoControlNet.from_unet(pipe.unet, dict(canny=1, softedge=1, image=4),
                                           adapter_channels=(4, 8, 8, 8))
-    pipe.register_modules(controlnet=awake(parts).eval(), style_adapter=StyleAdapter(128, 128))
+    pipe.register_modules(controlnet=awake(parts).eval(), style_adapter=awake(StyleAdapter(128, 128)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -256,8 +257,23 @@ def test_conditions_need_no_text(pipe):
     edges = {"canny": torch.rand(1, 1, 4, 32, 32)}
     drawn = pipe("", conditions=edges, output_type="latent", guidance_scale=1.0, **FEW)
     assert drawn.videos.isfinite().all()
-    with pytest.raises(ValueError, match="say what the video should show, or give conditions"):
+    with pytest.raises(ValueError, match="say what the video should show, or give conditions or a style"):
         pipe("", **FEW)
+
+
+def test_each_video_has_the_style_of_its_picture(pipe):
+    red, blue = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
+    noise = torch.randn(2, 4, 4, 4, 4)
+
+    def draw(pictures, rows=slice(None), **more):
+        return pipe(["a red circle"] * len(noise[rows]), style_image=pictures, latents=noise[rows],
+                    output_type="latent", **FEW, **more).videos
+
+    for more in ({}, dict(style_guidance=6.0)):
+        both = draw([red, blue], **more)
+        torch.testing.assert_close(both[:1], draw(red, slice(1), **more), rtol=0, atol=1e-4)
+        torch.testing.assert_close(both[1:], draw(blue, slice(1, 2), **more), rtol=0, atol=1e-4)
+        assert (draw(red, **more)[1] - both[1]).abs().max() > 1e-3
 
 
 # A user's own files
@@ -294,6 +310,18 @@ def test_videos_of_every_kind_and_bad_ones(pipe, tmp_path):
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"sound-edit.mp4", "sound-edit-beside.mp4", "sound-edit.jpg"} <= made
     assert not [name for name in made if name.startswith("cut")]
+
+
+def test_a_sentence_a_video_and_a_picture(pipe, tmp_path):
+    source = with_sound(tmp_path / "my.mp4", torch.randint(256, (3, 9, 48, 64), dtype=torch.uint8))
+    drawn = []
+    for colour in ("red", "blue"):
+        done = edit_files(pipe, source, "a red circle", tmp_path / colour, (4, 32, 32),
+                          conditions=("canny", "image"), style_image=Image.new("RGB", (20, 9), colour),
+                          style_guidance=6.0, **FEW)
+        drawn.append(done.edits["my.mp4"].result)
+        assert (tmp_path / colour / "my-edit.mp4").stat().st_size > 0
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
 
 
 def test_a_users_video_is_never_written_over(pipe, tmp_path):

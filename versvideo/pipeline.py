@@ -115,7 +115,7 @@ def as_texts(
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name}={value!r}: give a text or a list of texts")
     if not texts or not (blank or all(text.strip() for text in texts)):
-        raise ValueError(f"{name}={value!r} is empty: say what the video should show, or give conditions")
+        raise ValueError(f"{name}={value!r} is empty: say what the video should show, or give conditions or a style")
     return list(texts)
 
 
@@ -128,7 +128,8 @@ def check_prompts(
     "Prompts and negative prompts as lists of equal length; ValueError or TypeError otherwise."
     if (prompt is None) == (prompt_embeds is None):
         both = "neither" if prompt is None else "both"
-        raise ValueError(f"{both} of prompt and prompt_embeds given: give one of the two")
+        raise ValueError(f"{both} of prompt and prompt_embeds given: give one of the two"
+                         + (", or conditions or a style" if prompt is None else ""))
     prompts = None if prompt is None else as_texts(prompt, "prompt", blank)
     count = len(prompt_embeds) if prompts is None else len(prompts)
     if negative_prompt is None or isinstance(negative_prompt, str):
@@ -365,11 +366,15 @@ class VideoDenoiser(DiffusionPipeline):
         return eps
 
     def given_frames(self, plan, noise) -> tuple | None:
-        "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are."
+        "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are; ValueError for parts of frames."
         if plan is None or "image" not in plan.conditions:
             return None
         clip = plan.conditions["image"]
         given = clip[:, 3, :, 0, 0] > 0.5
+        if not torch.equal(clip[:, 3], given.to(clip)[:, :, None, None].expand_as(clip[:, 3])):
+            raise ValueError("condition 'image' gives a part of a frame: its fourth channel is 1 on the "
+                             "whole of a frame that is given and 0 on the others, as "
+                             "extract_condition makes it; or draw with hold_image=False")
         some = given.any(0)
         known = torch.zeros_like(noise)
         if some.any():
@@ -377,12 +382,12 @@ class VideoDenoiser(DiffusionPipeline):
         return known, noise, given
 
     def hold(self, latents, held, control, t_idx=None) -> torch.Tensor:
-        "Latents with the given frames as they are at a diffusion step (None: at the end), where \"image\" counts in full."
+        "Latents with the given frames as they are at a diffusion step (None: at the end), where \"image\" counts."
         strength = (control or {"scales": {}})["scales"].get("image")
         if held is None or strength is None:
             return latents
         known, noise, given = held
-        there = (given & (strength >= 1))[:, None, :, None, None]
+        there = (given & (strength > 0))[:, None, :, None, None]
         if t_idx is not None:
             known = self.scheduler.add_noise(known, noise, t_idx.reshape(1).to(known.device))
         return torch.where(there, known, latents)
@@ -422,7 +427,7 @@ class VersVideoPipeline(VideoDenoiser):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,               # What to show; with conditions it may be empty
+        prompt: str | list[str] | None = None,               # What to show; may be left out with conditions or a style
         negative_prompt: str | list[str] | None = None,      # What to stay away from, by guidance
         num_frames: int | None = None,                       # None: the conditions', or as trained
         height: int | None = None,                           # Multiple of 8; None: the same
@@ -444,7 +449,8 @@ class VersVideoPipeline(VideoDenoiser):
         condition_scales: float | dict = 1.0,                # One, or by name; a number or one a frame
         control_start: float | dict = 0.0,                   # Share of the steps; one, or by name
         control_end: float | dict = 1.0,                     # Share of the steps; one, or by name
-        image=None,                                          # First frame: the condition "image", held at a strength of 1
+        image=None,                                          # First frame: the condition "image"
+        hold_image: bool = True,                             # Whether frames of "image" stay as given while it counts, or only guide
         style_image=None,                                    # A picture whose style is wanted
         style_scale: float = 1.0,                            # How much; 0: not at all
         style_guidance: float | None = None,                 # Guidance by the picture beyond the text; None: together with it
@@ -487,9 +493,12 @@ class VersVideoPipeline(VideoDenoiser):
         for name in handed:
             pick(tensors, name, "callback_on_step_end_tensor_inputs")
         self._guidance_scale, self._interrupt = guidance_scale, False
+        silent = controlled or style_image is not None   # then there is something to go by without words
+        if prompt is None and prompt_embeds is None and silent:
+            prompt = ""
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt,
                                                 prompt_embeds, negative_prompt_embeds,
-                                                blank=controlled)
+                                                blank=silent)
         shape = (len(positive), self.unet.config.in_channels, *size)
         if image is not None:
             if "image" in conditions:
@@ -504,7 +513,7 @@ class VersVideoPipeline(VideoDenoiser):
         for name in plan.idle(self._num_timesteps) if plan else ():
             warnings.warn(f"condition {name!r} counts at none of {self._num_timesteps} steps: move "
                           "control_start or control_end, or take more steps", stacklevel=2)
-        held = self.given_frames(plan, latents)
+        held = self.given_frames(plan, latents) if hold_image else None
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),

@@ -214,12 +214,12 @@ class Explorer:
         self.video = w.FileUpload(accept="video/*,.gif", description="video")
         self.conditions = {name: slide(0.0, 2, name) for name in trained}
         self.picture = w.FileUpload(accept="image/*", description="style picture")
-        self.style = slide(1.0, 2, "of the style")
+        self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(6.0, 12, "its guidance")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
         self.said, self.player = w.HTML(), w.Image(format="gif", layout=w.Layout(width="256px"))
         self.button.on_click(self.draw)
         controls = [w.HBox([self.video, w.VBox(list(self.conditions.values()))])] * bool(trained)
-        controls += [w.HBox([self.picture, self.style])] * (pipe.style_adapter is not None)
+        controls += [w.HBox([self.picture, self.style, self.style_guidance])] * (pipe.style_adapter is not None)
         self.panel = w.VBox([self.prompt, w.HBox([self.seed, self.steps, self.guidance]), *controls, self.button, self.bar, self.said, self.player])
 
     def given(self) -> dict:
@@ -234,7 +234,7 @@ class Explorer:
                 if not self.video.value: raise ValueError("conditions are chosen but no video: give one to take them from")
                 clip = read_clip(stored(self.video), self.pipe.trained_size)[None]
                 arguments |= dict(conditions={name: extract_condition(name, clip) for name in scales}, condition_scales=scales)
-            if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value)
+            if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value, style_guidance=self.style_guidance.value)
         return arguments
 
     def draw(self, _=None):

@@ -129,6 +129,7 @@ def read_video(
     if fps is not None and (stride is not None or not fps > 0):
         raise ValueError(f"{fps=}, {stride=}: give frames a second, above 0, or a stride, not both")
     if stride is not None and stride < 1: raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
+    if path.is_dir(): raise FileNotFoundError(f"{path} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     if path.suffix.lower() in (".gif", ".webp"):
@@ -169,7 +170,7 @@ def _av_frames(path, frames, stride, fps):
                 if i in wanted: kept[i] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                 if i >= wanted[-1]: break
         return np.stack([kept[i] for i in wanted])
-    except (av.FFmpegError, IndexError, KeyError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video") from error
+    except (av.FFmpegError, IndexError, KeyError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video, give one that a player shows, for example an mp4") from error
 
 
 def _rgb(frame: np.ndarray) -> np.ndarray:
