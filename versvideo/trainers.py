@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'FitConfig', 'touch', 'Objective', 'drop_idle_gradients', 'Log', 'turn_seed', 'parameter_groups', 'sharding',
-           'prepare', 'run_batches', 'sigterm', 'naming_lost_processes', 'validated', 'Preempted', 'fit', 'tell',
-           'say_bad', 'process_group', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps',
-           'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae', 'load_decoder',
-           'load_frozen', 'load_trained']
+           'prepare', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'validated', 'tell', 'say_bad',
+           'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps', 'denoising_loss',
+           'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae', 'load_decoder', 'load_frozen', 'load_trained']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import copy
@@ -207,7 +206,7 @@ def run_batches(accelerator, objective, cfg, batch_fn, step, log) -> list:
         log.turns += accelerator.num_processes
     return found
 
-
+# %% ../nbs/14_trainers.ipynb #14-12c
 @contextmanager
 def sigterm():
     "A list that SIGTERM fills, and no longer anything else."
@@ -228,6 +227,12 @@ def naming_lost_processes(world: int):
         raise RuntimeError(f"another of the {world} processes has ended, or does not answer ({str(error).splitlines()[0]}): its own output says why; the same command goes on from the last checkpoint") from error
 
 
+class Preempted(SystemExit):
+    "The run was asked to stop, has saved, and ends its process with 0."
+    def __init__(self, message): super().__init__(0); self.message = message
+    def __str__(self): return self.message
+
+# %% ../nbs/14_trainers.ipynb #14-12e
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
     "Means over all processes of what `validate` gave with the averaged weights; clips go to the trackers."
     set_seed(turn_seed(0, accelerator.process_index))   # the same noise each time; the next batch is seeded anew
@@ -248,12 +253,21 @@ def validated(accelerator, objective, ema, validate, model, step) -> dict:
     return numbers
 
 
-class Preempted(SystemExit):
-    "The run was asked to stop, has saved, and ends its process with 0."
-    def __init__(self, message): super().__init__(0); self.message = message
-    def __str__(self): return self.message
+def tell(accelerator, values: dict, step: int):
+    "Send numbers to the trackers; a disk that is full costs these, and not the run."
+    try: accelerator.log(values, step=step)
+    except OSError as error: warnings.warn(f"the trackers could not write step {step} ({error}); the run goes on", stacklevel=2)
 
 
+def say_bad(bad: list, cfg: FitConfig, folder: Path | None):
+    "Warn of the last bad step; RuntimeError when there are too many, all of them in `folder/bad.json`."
+    message = f"the {bad[-1]['fault']} at step {bad[-1]['step']}: left out, {len(bad)} of at most {cfg.skips} such steps"
+    if len(bad) <= cfg.skips: return warnings.warn(message, stacklevel=3)
+    if folder: write_json(folder / "bad.json", bad)
+    raise RuntimeError(f"the {bad[-1]['fault']} at step {bad[-1]['step']}: lower lr={cfg.lr} or grad_clip={cfg.grad_clip} in another folder, or go on in this one with more skips; {len(bad)} steps were bad, "
+                       f"{cfg.skips} may be: batch_fn(step, turn) makes their batches again, " + (f"see {folder / 'bad.json'}" if folder else f"{bad[-3:]}"))
+
+# %% ../nbs/14_trainers.ipynb #14-12g
 def fit(
     cfg: FitConfig,
     model: nn.Module,   # Left holding the trained weights (their moving average if there is one), in evaluation mode
@@ -331,21 +345,6 @@ def fit(
     for tracker in accelerator.trackers: tracker.finish()   # and not end_training, which ends the process group as well
     model.eval()
     return log
-
-
-def tell(accelerator, values: dict, step: int):
-    "Send numbers to the trackers; a disk that is full costs these, and not the run."
-    try: accelerator.log(values, step=step)
-    except OSError as error: warnings.warn(f"the trackers could not write step {step} ({error}); the run goes on", stacklevel=2)
-
-
-def say_bad(bad: list, cfg: FitConfig, folder: Path | None):
-    "Warn of the last bad step; RuntimeError when there are too many, all of them in `folder/bad.json`."
-    message = f"the {bad[-1]['fault']} at step {bad[-1]['step']}: left out, {len(bad)} of at most {cfg.skips} such steps"
-    if len(bad) <= cfg.skips: return warnings.warn(message, stacklevel=3)
-    if folder: write_json(folder / "bad.json", bad)
-    raise RuntimeError(f"the {bad[-1]['fault']} at step {bad[-1]['step']}: lower lr={cfg.lr} or grad_clip={cfg.grad_clip} in another folder, or go on in this one with more skips; {len(bad)} steps were bad, "
-                       f"{cfg.skips} may be: batch_fn(step, turn) makes their batches again, " + (f"see {folder / 'bad.json'}" if folder else f"{bad[-3:]}"))
 
 # %% ../nbs/14_trainers.ipynb #14-19
 def process_group(
