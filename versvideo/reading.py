@@ -12,6 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as TooSlow
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,7 +63,8 @@ class Workers:
         except ImportError as error: raise ImportError("reading in other processes needs pebble: pip install 'versvideo[data]'") from error
         if processes < 1 or not seconds > 0: raise ValueError(f"processes={processes}, seconds={seconds}: at least one process, and more than no time")
         self.read, self.processes, self.seconds, self.most_bad, self.least = read, processes, seconds, most_bad, least
-        self.pool = ProcessPool(processes, initializer=prepare_worker, initargs=(memory,), context=get_context("spawn"))
+        self.new_pool = lambda: ProcessPool(processes, initializer=prepare_worker, initargs=(memory,), context=get_context("spawn"))
+        self.pool = self.new_pool()
         self.seen, self.bad = 0, {}
 
     def __enter__(self): return self
@@ -76,13 +78,29 @@ class Workers:
         "Argument and result, or None, in order; RuntimeError with the report where too large a share is bad."
         waiting = deque()
         for argument in arguments:
-            waiting.append((argument, self.pool.schedule(self.read, (argument,), timeout=self.seconds)))
+            waiting.append((argument, self._call(argument)))
             if len(waiting) > 2 * self.processes: yield self._take(*waiting.popleft())
         while waiting: yield self._take(*waiting.popleft())
 
+    def _call(self, argument):
+        if not self.pool.active:
+            self.close()
+            self.pool = self.new_pool()
+        return self.pool.schedule(self.read, (argument,), timeout=self.seconds)
+
+    def _result(self, future):
+        "What a call returned or raised; BrokenProcessPool where it was lost with its pool."
+        while not future.done():
+            try: return future.result(1)
+            except TooSlow:
+                if not future.done() and not self.pool.active: raise BrokenProcessPool("the processes have ended") from None
+        return future.result()
+
     def _take(self, argument, future):
         self.seen += 1
-        try: return argument, future.result()
+        try:
+            try: return argument, self._result(future)
+            except BrokenProcessPool: return argument, self._result(self._call(argument))   # once more, alone
         except Exception as error:   # whatever a file does to its reader, it is only that file
             path = getattr(argument, "path", argument)
             self.bad.setdefault(str(path), cause_of(error, path if isinstance(path, (str, Path)) else None))
