@@ -52,7 +52,7 @@ class Budget:
     sampling: int         # Denoising steps of these
 
 
-BUDGETS = {"smoke": Budget("smoke", (16, 32), 2, 2, 4, 18, 1), "XS": Budget("XS", (32, 48, 48), 500, 8, 2048, 144, 15)}
+BUDGETS = {"smoke": Budget("smoke", (16, 32), 2, 2, 4, 18, 1), "XS": Budget("XS", (32, 48, 48), 400, 8, 2048, 144, 10)}
 
 
 def held_out_loss(unet, latents, text, seed=0) -> float:
