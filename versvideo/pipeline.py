@@ -21,6 +21,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -279,6 +280,7 @@ class VideoDenoiser(DiffusionPipeline):
     _optional_components = ["controlnet", "style_adapter", "image_encoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     guidance_scale = property(lambda self: self._guidance_scale)
+    guidance_rescale = property(lambda self: self._guidance_rescale)
     do_classifier_free_guidance = property(lambda self: self._guidance_scale > 1)
     num_timesteps = property(lambda self: self._num_timesteps)
     interrupt = property(lambda self: self._interrupt)
@@ -301,7 +303,8 @@ class VideoDenoiser(DiffusionPipeline):
                               scheduler=scheduler, controlnet=controlnet,
                               style_adapter=style_adapter, image_encoder=image_encoder)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+        self._guidance_scale, self._guidance_rescale = 1.0, 0.0
+        self._num_timesteps, self._interrupt = 0, False
 
     def encode_prompt(self, prompt, negative_prompt=None, num_videos_per_prompt=1,
                       prompt_embeds=None, negative_prompt_embeds=None, blank=False) -> tuple:
@@ -363,7 +366,7 @@ class VideoDenoiser(DiffusionPipeline):
         eps, before = first, first
         for scale, part in zip(scales, others, strict=True):   # each beyond the one before
             eps, before = eps + scale * (part - before), part
-        return eps
+        return rescale_noise_cfg(eps, before, self.guidance_rescale) if others else eps
 
     def given_frames(self, plan, noise) -> tuple | None:
         "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are; ValueError for parts of frames."
@@ -434,6 +437,7 @@ class VersVideoPipeline(VideoDenoiser):
         width: int | None = None,                            # Multiple of 8; None: the same
         num_inference_steps: int = 25,                       # Steps from noise to latents
         guidance_scale: float = 4.0,                         # Up to 1: no guidance
+        guidance_rescale: float = 0.0,                       # How far guided ε goes back to the deviation of unguided, 0 to 1
         num_videos_per_prompt: int = 1,                      # They follow each other
         eta: float = 0.0,                                    # Noise DDIM adds back, 0 to 1
         generator: torch.Generator | list[torch.Generator] | None = None,  # One, or one a video
@@ -484,6 +488,7 @@ class VersVideoPipeline(VideoDenoiser):
         check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=16 if decode_chunk_size is None else decode_chunk_size,
                      num_videos_per_prompt=num_videos_per_prompt)
         check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000),
+                      guidance_rescale=(guidance_rescale, 0, 1),
                       style_scale=(style_scale, 0, 1000),
                       **({} if style_guidance is None else dict(style_guidance=(style_guidance, 0, 1000))))
         generator = as_generators(generator)
@@ -492,7 +497,8 @@ class VersVideoPipeline(VideoDenoiser):
         tensors = dict.fromkeys(self._callback_tensor_inputs)
         for name in handed:
             pick(tensors, name, "callback_on_step_end_tensor_inputs")
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._interrupt = False
         silent = controlled or style_image is not None   # then there is something to go by without words
         if prompt is None and prompt_embeds is None and silent:
             prompt = ""
