@@ -42,7 +42,7 @@ def check_clips(
     if clips.dtype == torch.uint8: return clips / 127.5 - 1
     if not clips.is_floating_point(): raise TypeError(f"{name} was given {clips.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
     clips = clips.float()
-    if not clips.isfinite().all(): raise ValueError(f"{name} was given {int((~clips.isfinite()).flatten(1).any(1).sum())} clips with values that are not numbers")
+    if not clips.isfinite().all(): raise ValueError(f"{name} was given {int((~clips.isfinite()).flatten(1).any(1).sum())} clips with values that are not numbers: leave them out, or mend what made them")
     if clips.abs().max() > 1.1: raise ValueError(f"{name} was given floats from {clips.min():.4g} to {clips.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
     return clips.clamp(-1, 1)
 

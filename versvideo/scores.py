@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PRESETS', 'PEERS', 'list_hash', 'Protocol', 'Score', 'score_table', 'Preset', 'choose', 'Benchmark',
-           'shapes_entries', 'benchmark', 'collect', 'parts_of', 'collected', 'frechet_between', 'Source', 'source_of',
-           'fvd', 'load_peer', 'clips_of', 'weights_digest', 'collect_models']
+           'shapes_entries', 'benchmark', 'collect', 'parts_of', 'collected', 'frames_of', 'frechet_between',
+           'scores_of', 'Source', 'source_of', 'evaluate', 'fvd', 'load_peer', 'clips_of', 'require_judges',
+           'weights_digest', 'collect_models']
 
 # %% ../nbs/13_scores.ipynb #13s-03
 import hashlib
@@ -25,10 +26,10 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, Mot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .core import atomic_path, pick, progress, provenance, read_json, tensors_digest, write_json
+from .core import atomic_path, pick, progress, provenance, read_json, sha256_of, tensors_digest, write_json
 from .data import Entry, fit_frames, long_enough, read_entry, read_msrvtt, read_ucf101
-from .features import Extractor
-from .metrics import frechet_interval
+from .features import Extractor, check_clips
+from .metrics import clipsim, fc_consecutive, frechet_interval, inception_score, with_interval
 from .pipeline import VideoDenoiser
 from .saved import quiet_bars
 from .shapes import MovingShapes, captions
@@ -49,7 +50,7 @@ class Protocol:
     split: str             # test, train+test, …
     clips: str             # `list_hash` of the real clips and the prompts
     real: int              # Number of real clips; 0 where none are needed
-    generated: int         # Number of generated clips
+    generated: int         # Number of clips that are scored
     frames: int            # Of each clip
     stride: int            # Every so many frames of the real clips
     geometry: str          # What was done to their size: 256 centre crop, 64 as rendered, …
@@ -68,7 +69,7 @@ class Protocol:
         return [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
 
     def __str__(self):
-        against = f"{self.generated} generated against {self.real} real clips" if self.real else f"{self.generated} generated clips"
+        against = f"{self.generated} clips against {self.real} real ones" if self.real else f"{self.generated} clips"
         made = f"made as {self.size} by {self.sampler}, {self.steps} steps, guidance {self.guidance:g}, " if self.sampler else ""
         return (f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {self.dataset} {self.split} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
                 f"{made}seed {self.seed}" + (f"; {self.notes}" if self.notes else ""))
@@ -192,6 +193,7 @@ class Benchmark:
     real: Callable          # Numbers of clips to uint8 `b 3 t h w`
     others: Callable | None  # The same of further real clips, where there are some
     left_out: dict          # File name to what is wrong with it
+    data: str = ""          # Folder of the real data
 
     def __len__(self): return len(self.prompts)
 
@@ -238,7 +240,7 @@ def benchmark(
         real, others = (lambda which: worlds[0].batch([numbers[i] for i in which]).clips), (lambda which: worlds[1].batch([further[i] for i in which]).clips)
         geometry = real_geometry = f"{size[1]}x{size[2]} as rendered"
     prompts = [PROMPTS[own.prompts](entry, lots.random()) for entry in entries]
-    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real_geometry, real, others, bad)
+    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real_geometry, real, others, bad, str(data))
 
 # %% ../nbs/13_scores.ipynb #13s-31
 def _part_of(folder, first, last): return folder / f"part-{first:07d}-{last:07d}.safetensors"
@@ -309,6 +311,11 @@ def collected(
     return torch.cat(parts)
 
 
+def frames_of(folder: str | Path) -> int:
+    "How many frames the clips of a collected set have."
+    with safe_open(min(Path(folder).glob("part-*.safetensors")), "pt") as file: return int(file.metadata()["frames"])
+
+
 def frechet_between(
     real: str | Path, generated: str | Path,  # Folders of `collect`
     key: str,                                 # As of `collected`
@@ -317,7 +324,32 @@ def frechet_between(
     name = key.split(" ")[0]
     used = [read_json(Path(folder) / "collected.json")["extractors"].get(name) for folder in (real, generated)]
     if used[0] != used[1]: raise ValueError(f"{real} was read by {used[0]}, {generated} by {used[1]}: collect both with one extractor")
+    lengths = [frames_of(folder) for folder in (real, generated)]
+    if lengths[0] != lengths[1]: raise ValueError(f"clips of {real} have {lengths[0]} frames, those of {generated} {lengths[1]}: collect both with the same number")
     return frechet_interval(parts_of(real, key), parts_of(generated, key))
+
+
+def scores_of(
+    folder: str | Path,       # Of `collect`, by extractors called "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM
+    extractors: dict,         # These names to `Extractor`
+    protocol: Callable,       # Metric, extractor, whether real clips count, notes: to `Protocol`
+    real: str | Path = "",    # Folder of the real clips; empty: no FVD
+    texts: torch.Tensor | None = None,  # `n d`, of the prompts; None: no CLIPSIM
+    seed: int = 0,            # Of the order in which IS parts the clips
+) -> dict:                    # Metric and network to `Score`
+    "Every score that what was collected allows; of single frames no FC. The interval of IS is the deviation of its parts, as it is published."
+    found, name = {}, lambda metric, key: f"{metric} on {extractors[key].name}"
+    if real: found[name("FVD", "video")] = Score(*frechet_between(real, folder, "video features"), protocol("FVD", extractors["video"], True))
+    if "classes" in extractors:
+        rows = collected(folder, "classes probabilities")
+        parts = max(1, min(10, len(rows) // 2))
+        mean, deviation = inception_score(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))], parts)
+        found[name("IS", "classes")] = Score(mean, mean - deviation, mean + deviation, protocol("IS", extractors["classes"], False, f"{parts} parts, mean ± deviation"))
+    if "clip" in extractors:
+        looks = list(parts_of(folder, "clip frames"))
+        if texts is not None: found[name("CLIPSIM", "clip")] = Score(*with_interval(clipsim(torch.cat(looks), texts)), protocol("CLIPSIM", extractors["clip"], False))
+        if looks[0].shape[1] > 1: found[name("FC", "clip")] = Score(*with_interval(torch.cat([fc_consecutive(part) for part in looks])), protocol("FC", extractors["clip"], False))
+    return found
 
 # %% ../nbs/13_scores.ipynb #13s-36
 @dataclass
@@ -325,7 +357,7 @@ class Source:
     "Clips by their numbers, for `collect`, and what a protocol says of them."
     make: Callable          # Numbers of clips to uint8 `b 3 t h w`
     n: int
-    names: list             # Of the clips, or one of them all
+    identity: list          # Checksums that tell these clips from others; of a stream what it was called
     left_out: dict = field(default_factory=dict)  # File name to what is wrong with it
 
 
@@ -335,57 +367,88 @@ def source_of(
     frames: int = 16,                   # The first so many
     stride: int = 1,                    # Every so many frames of the videos of a folder
     geometry: str = "256 centre crop",  # As of `fit_frames`
+    name: str = "clips",                # For messages
+    called: str = "",                   # What a stream holds
 ) -> Source:
-    "Clips from anywhere; ValueError where there are fewer, or shorter ones."
-    def fit(batch):
-        if batch.ndim != 5 or batch.shape[2] < frames: raise ValueError(f"clips of shape {tuple(batch.shape)}: give `b 3 t h w` with at least {frames} frames")
+    "Clips from anywhere; ValueError where there are fewer, or shorter ones, or what is no clip."
+    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for all of {name}")
+
+    def fit(batch, numbers):
+        which = f"{name}, numbers {numbers.start} to {numbers.stop - 1},"
+        if batch.ndim != 5 or batch.shape[2] < frames: raise ValueError(f"{which} have the shape {tuple(batch.shape)}: give `b 3 t h w` with at least frames={frames} of them")
+        check_clips(batch, which)
         return torch.stack([fit_frames(clip, geometry) for clip in to_uint8(batch[:, :, :frames])])
 
     if isinstance(clips, torch.Tensor):
-        if n > len(clips): raise ValueError(f"n={n}, there are {len(clips)} clips")
-        return Source(lambda numbers: fit(clips[numbers.start:numbers.stop]), n or len(clips), [tensors_digest([clips])])
+        if not 0 < (n or len(clips)) <= len(clips): raise ValueError(f"n={n}, {name} holds {len(clips)} clips: give as many as are asked for, at least one")
+        return Source(lambda numbers: fit(clips[numbers.start:numbers.stop], numbers), n or len(clips), [tensors_digest([clips])])
     if isinstance(clips, (str, Path)):
-        if not Path(clips).is_dir(): raise FileNotFoundError(f"there is no folder {clips}: give one with videos ({', '.join(VIDEO_SUFFIXES)})")
+        if not Path(clips).is_dir(): raise FileNotFoundError(f"there is no folder {clips}: give one with videos ({', '.join(VIDEO_SUFFIXES)}) as {name}")
         files = sorted(path for path in Path(clips).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-        if not files: raise ValueError(f"{clips} holds no video ({', '.join(VIDEO_SUFFIXES)})")
+        if not files: raise ValueError(f"{clips} holds no video ({', '.join(VIDEO_SUFFIXES)}): give another folder as {name}")
         good, bad = long_enough([Entry(path) for path in files], frames, stride)
-        if n > len(good): raise ValueError(f"n={n}, {clips} holds {len(good)} videos of {frames} frames at a stride of {stride}" + (f" and {len(bad)} that cannot be used ({list(bad.values())[0]})" if bad else ""))
+        if n > len(good): raise ValueError(f"n={n}, {clips} holds {len(good)} videos of {frames} frames at a stride of {stride}" + (f" and {len(bad)} that cannot be used ({list(bad.values())[0]})" if bad else "") + ": ask for fewer, or give more")
         if bad: warnings.warn(f"{len(bad)} of {len(files)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2)
         good = good[:n or len(good)]
-        return Source(lambda numbers: torch.stack([read_entry(good[i], frames, stride, geometry) for i in numbers]), len(good), [entry.path.name for entry in good], bad)
-    if n < 1: raise ValueError(f"n={n}: say how many clips of the stream to take")
+        return Source(lambda numbers: torch.stack([read_entry(good[i], frames, stride, geometry) for i in numbers]), len(good), [f"{entry.path.name} {sha256_of(entry.path)}" for entry in good], bad)
+    if n < 1: raise ValueError(f"n={n}: say how many clips of the stream {name} to take")
     stream, at = (clip for batch in clips for clip in (batch if batch.ndim == 5 else batch[None])), 0
 
     def forward(numbers):
         nonlocal at
-        if numbers.start < at: raise ValueError(f"clip {numbers.start} is asked for, the stream is at {at} and cannot go back: give it anew")
+        if numbers.start < at: raise ValueError(f"clip {numbers.start} is asked for, the stream {name} is at {at} and cannot go back: give it anew")
         found = list(islice(stream, numbers.start - at, numbers.stop - at))
-        if len(found) < len(numbers): raise ValueError(f"the stream ended before clip {numbers.stop - 1}: {n} are asked for")
+        if len(found) < len(numbers): raise ValueError(f"the stream {name} ended before clip {numbers.stop - 1}: n={n} are asked for, give more or ask for fewer")
         at = numbers.stop
-        return fit(torch.stack(found))
-    return Source(forward, n, ["a stream"])
+        return fit(torch.stack(found), numbers)
+    return Source(forward, n, [called])
 
 
-def fvd(
-    real, generated,                    # Each as of `source_of`
-    extractor: Extractor,               # I3D for the FVD of papers
-    n: int = 0,                         # Clips of each; 0: all, but of a stream
+def evaluate(
+    clips,                              # What is scored, as of `source_of`
+    extractors: dict,                   # "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM: those that are wanted, each an `Extractor`
+    real=None,                          # As of `source_of`; for FVD
+    prompts: Sequence = (),             # One a clip; for CLIPSIM
+    n: int = 0,                         # Clips of each set; 0: all, but of a stream
     frames: int = 16,
     stride: int = 1,                    # Of videos of a folder
     geometry: str = "256 centre crop",  # As of `fit_frames`, of both sets
     folder: str | Path = "",            # For the features, so that a stopped run goes on; empty: a temporary one
     batch: int = 16,
     processes: PartialState | None = None,  # Of accelerate, with a folder that all share
-    about: str = "",                    # What the protocol says of the clips: which data, which model
+    data: str = "",                     # What the real clips are, for the protocol; a stream needs it
+    model: str = "",                    # What the clips are; a stream with a folder needs it
+) -> dict:                              # Name to `Score`
+    "All scores of clips that the extractors, the real clips and the prompts allow, each with interval and protocol."
+    for name in extractors: pick(dict.fromkeys(("video", "classes", "clip")), name, "extractor")
+    if "video" in extractors and real is None: raise ValueError("extractors has 'video', for FVD, and real is None: give real clips")
+    if real is not None and "video" not in extractors: raise ValueError("real clips are given and extractors has no 'video': give the network of FVD")
+    if processes is not None and processes.num_processes > 1 and not folder: raise ValueError("several processes need a folder= that all of them share")
+    stream = lambda given: not isinstance(given, (torch.Tensor, str, Path))
+    if real is not None and stream(real) and not data: raise ValueError("real is a stream and data='': nothing would tell it from another set, say what it is, as data=")
+    if stream(clips) and folder and not model: raise ValueError(f"clips is a stream, folder={str(folder)!r} and model='': features of another stream would be taken for its own, say what it is, as model=")
+    sources = {name: source_of(given, n, frames, stride, geometry, name, called) for name, given, called in (("clips", clips, model), ("real", real, data)) if given is not None}
+    if prompts and len(prompts) != sources["clips"].n: raise ValueError(f"{len(prompts)} prompts for {sources['clips'].n} clips: give one for each")
+    known, against = list_hash([*(sources["real"].identity if real is not None else ()), *prompts]), sources["real"].n if real is not None else 0
+
+    def protocol(metric, extractor, counts, notes=""):
+        return Protocol(metric, data or "clips as given", "", known, against if counts else 0, sources["clips"].n, frames, stride, geometry, extractor.name, extractor.checksum, "", "", 0, 0., 0, notes, provenance()["versions"])
+
+    with tempfile.TemporaryDirectory() as own:
+        sets = {name: collect({key: e for key, e in extractors.items() if name == "clips" or key == "video"}, one.make, one.n, Path(folder or own) / name, batch, frames, processes, name,
+                              dict(clips=list_hash(one.identity), frames=frames, stride=stride, geometry=geometry)) for name, one in sources.items()}
+        texts = extractors["clip"].texts(list(prompts)).cpu() if prompts and "clip" in extractors else None
+        return scores_of(sets["clips"], extractors, protocol, sets.get("real", ""), texts)
+
+
+def fvd(
+    real, clips,           # Each as of `source_of`
+    extractor: Extractor,  # I3D for the FVD of papers
+    n: int = 0,            # As of `evaluate`, like all others
+    **more,
 ) -> Score:
     "Fréchet video distance with its interval and protocol; a warning under 256 clips."
-    sources = dict(real=source_of(real, n, frames, stride, geometry), generated=source_of(generated, n, frames, stride, geometry))
-    if processes is not None and processes.num_processes > 1 and not folder: raise ValueError("several processes need a folder= that all of them share")
-    with tempfile.TemporaryDirectory() as own:
-        sets = [collect(dict(video=extractor), one.make, one.n, Path(folder or own) / name, batch, frames, processes, name, dict(names=list_hash(one.names), geometry=geometry)) for name, one in sources.items()]
-        value = frechet_between(*sets, "video features")
-    return Score(*value, Protocol("FVD", about or "clips as given", "", list_hash([*sources["real"].names, *sources["generated"].names]), sources["real"].n, sources["generated"].n, frames, stride, geometry,
-                                  extractor.name, extractor.checksum, "", "", 0, 0., 0, versions=provenance()["versions"]))
+    return next(iter(evaluate(clips, dict(video=extractor), real, n=n, **more).values()))
 
 # %% ../nbs/13_scores.ipynb #13s-41
 PEERS = {   # What papers call it, and the hub id
@@ -428,6 +491,15 @@ def clips_of(
     return make
 
 # %% ../nbs/13_scores.ipynb #13s-51
+def require_judges(
+    data: str,      # Folder of real data; empty: Moving Shapes
+    **judges: str,  # Parameters that choose a network
+) -> None:
+    "ValueError where real videos would be scored by a network that knows Moving Shapes alone."
+    for name, value in judges.items():
+        if data and value in ("", "shapes"): raise ValueError(f"{name}={value!r} is a network of Moving Shapes, data={data!r} is not: give one of real videos as {name}=, for the numbers of papers i3d, c3d and openai/clip-vit-base-patch32")
+
+
 def weights_digest(pipe: DiffusionPipeline) -> str:
     "Checksum of all weights of a pipeline."
     parts = [part for _, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
@@ -449,12 +521,12 @@ def collect_models(
     "Collect what a table compares; other pipelines at the size that they were trained at, on Moving Shapes at its size."
     t, h, w = pipe.trained_size
     device = next(iter(extractors.values())).parameters().__next__().device
-    chosen = dict(clips=list_hash([*bench.names, *bench.prompts]), geometry=bench.geometry, real_geometry=bench.real_geometry)
+    chosen = dict(clips=list_hash([*bench.names, *bench.prompts]), data=bench.data, stride=bench.preset.stride, geometry=bench.geometry, real_geometry=bench.real_geometry)
     def gather(name, make, **about): return collect(extractors, make, len(bench), Path(folder) / re.sub(r"[^\w.]+", "-", name), batch, bench.frames, processes, name, chosen | about)
-    sets, made = {"real": gather("real", bench.real)}, {"real": {}}
+    sets, made = {"real": gather("real", bench.real)}, {"real": dict(seed=seed)}
     if bench.others:
         name = "real, others of the same kind"
-        sets[name], made[name] = gather(name, bench.others), {}
+        sets[name], made[name] = gather(name, bench.others), dict(seed=seed + 1)
     for name in ["ours", *filter(None, (part.strip() for part in baselines.split(",")))]:
         model = pipe if name == "ours" else load_peer(name).to(device)
         model.set_progress_bar_config(disable=True)
