@@ -133,11 +133,15 @@ RUN = re.compile(r"results/([\w-]+)")
 
 
 def _values(record):
-    "All numbers of a record, those in its texts, too."
+    "All numbers of a record."
     if isinstance(record, dict): return [v for x in record.values() for v in _values(x)]
     if isinstance(record, list): return [v for x in record for v in _values(x)]
-    if isinstance(record, str): return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", record)]
     return [float(record)] if isinstance(record, (int, float)) and not isinstance(record, bool) else []
+
+
+def _cells(path):
+    "All numbers of a CSV."
+    with open(path) as file: return [float(cell) for row in csv.reader(file) for cell in row if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)]
 
 
 def unfounded_numbers(
@@ -151,15 +155,14 @@ def unfounded_numbers(
         runs = sorted(built | set(RUN.findall(block))) or (runs if block.lstrip().startswith("|") else [])
         known = []
         for run in runs:
-            files = [path for path in sorted((repo_path(folder) / run).glob("*")) if path.suffix == ".json" or path.suffix == ".csv" and path.stem not in ("curve", "readings")]
+            files = [path for path in sorted((repo_path(folder) / run).glob("*")) if path.suffix == ".json" or path.suffix == ".csv" and path.stem not in ("curve", "readings", "clips")]
             if not files: raise FileNotFoundError(f"results/{run} is linked to and has no config.json or metrics.json")
-            known += [v for path in files for v in _values(read_json(path) if path.suffix == ".json" else path.read_text())]
-        bare = re.sub(r"`[^`]*`|\]\([^)]*\)|Python [\d.]+( to [\d.]+)?", " ", block)
+            known += [v for path in files for v in (_values(read_json(path)) if path.suffix == ".json" else _cells(path))]
+        bare = re.sub(r"`[^`]*`|\]\([^)]*\)|Python [\d.]+( to [\d.]+)?", " ", TABLE.sub("", f"{block}\n"))
         for digits, unit in NUMBER.findall(bare):
             if "." not in digits and not unit: continue   # a count
             places, value, factor = len(digits.partition(".")[2]), float(digits), {"%": 100, "minutes": 1 / 60}.get(unit.strip(), 1)
-            fits = lambda v, value=value, places=places: abs(abs(v) - abs(value)) <= 0.5001 * 10**-places
-            if not any(fits(v) or fits(factor * v) for v in known): found.append((digits + unit, block.strip()[:60]))
+            if not any(abs(factor * v - value) <= 0.5001 * 10**-places for v in known): found.append((digits + unit, block.strip()[:60]))
     return found
 
 # %% ../nbs/15_results.ipynb #15-31
