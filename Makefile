@@ -116,15 +116,20 @@ results: $(INSTALLED)
 	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
 	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb results/$$i-XS.ipynb \
-	    size=XS seeds=3 at_once=2 runs=results/50_ablations-XS out=results/$$i-XS || exit 1; done
+	    size=XS seeds=3 at_once=2 runs=results/50_ablation_unet-XS/trainings out=results/$$i-XS || exit 1; done
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
+	$(RUN) nbs/60_cost.ipynb results/60_cost-H.ipynb \
+	    size=H apart=L learner=S latent=8x16x16 batch=8 channels=320 rounds=9 compiled=True out=results/60_cost-H
 	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-SD.ipynb \
 	    widths=SD latent=16x4x4 rounds=7 long=128 lengths=24,32,64 out=results/62_decoder_cost-SD
 	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-XS.ipynb \
 	    widths=XS latent=16x8x8 rounds=15 long=128 lengths=24,64,128 out=results/62_decoder_cost-XS
+	$(RUN) nbs/61_scale.ipynb results/61_scale-XS.ipynb size=XS steps=6 out=results/61_scale-XS
+	$(RUN) nbs/63_loading.ipynb results/63_loading-XS.ipynb size=XS n=64 height=256 width=256 rounds=5 out=results/63_loading-XS
+	$(RUN) nbs/64_broken.ipynb results/64_broken.ipynb n=10000 out=results/64_broken
 	$(BIN)/nbdev_clean --fname results
-	rm -rf results/*-XS-s?/checkpoints results/*/cache
+	rm -rf results/*-XS-s?/checkpoints results/*/cache results/*/trainings
 	$(BIN)/python tests/check.py drift
 endif
 

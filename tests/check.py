@@ -124,12 +124,13 @@ def runs() -> None:
 
         for run, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
             print(*(run[0].name, *run[1:]), f"{seconds:.0f} s", flush=True)
-        written = Path(folder) / "two.ipynb"
-        call(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "--no_python", sys.executable,
-             REPO / "tests/run_notebook.py", "nbs/20_train_unet.ipynb", written,
-             f"out={folder}/two", cwd=REPO, OMP_NUM_THREADS="1")
-        assert written.exists() and read_json(f"{folder}/two/config.json")["processes"] == 2
-        print("20_train_unet.ipynb by two processes", flush=True)
+        for name in ("20_train_unet", "41_table2_ucf101"):
+            two = Path(folder) / f"two-{name}"
+            call(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "--no_python",
+                 sys.executable, REPO / "tests/run_notebook.py", f"nbs/{name}.ipynb",
+                 f"{two}.ipynb", f"out={two}", cwd=REPO, OMP_NUM_THREADS="1")
+            assert Path(f"{two}.ipynb").exists() and read_json(two / "config.json")["processes"] == 2
+            print(f"{name}.ipynb by two processes", flush=True)
 
 
 def ship(unet: str, vae: str, image_vae: str, clip: str, classifier: str, control: str = "",

@@ -1,6 +1,7 @@
 """Run notebooks and committed results: one parameters cell, no unknown names, no failed run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,13 +81,21 @@ def test_records_of_a_training_run(path):
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_a_record_is_small(path):
     "A run, its executed notebook with it, is at most 500 KB; weights and checkpoints are not committed."
-    left_out = {"weights", "checkpoints", "cache"}
+    left_out = {"weights", "checkpoints", "cache", "trainings"}
     files = [p for p in path.with_suffix("").rglob("*") if p.is_file() and not left_out & {*p.parts}]
     assert sum(p.stat().st_size for p in [path, *files]) <= 500 * 1024
 
 
 def test_records_agree():
     assert {run["run"] for run in read_runs(REPO / "results")} == {path.stem for path in RESULTS}
+
+
+def test_make_results_makes_every_record():
+    text = (REPO / "Makefile").read_text()
+    made = set(re.findall(r"results/([\w-]+)\.ipynb", text))
+    for names, run in re.findall(r"for i in ([^;]+);.*?results/\$\$i([\w-]*)\.ipynb", text):
+        made |= {f"{name}{run}" for name in names.split()}
+    assert {path.stem for path in RESULTS} == made
 
 
 # The guards themselves, each on a notebook with the fault that it is there to catch.

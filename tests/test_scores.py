@@ -1,5 +1,6 @@
 """Scores: collected by several processes, on other people's pipelines, against published values."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,9 +22,20 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from versvideo.features import Extractor, load_extractor
 from versvideo.metrics import Statistics, frechet_distance
 from versvideo.pipeline import WEIGHTS
-from versvideo.scores import clips_of, collect, collected, load_peer
+from versvideo.scores import (
+    benchmark,
+    clips_of,
+    collect,
+    collect_models,
+    collected,
+    load_peer,
+    score_table,
+    scores_of,
+)
 from versvideo.shapes import MovingShapes
 from versvideo.text import load_clip
+from versvideo.trainers import load_trained
+from versvideo.video import write_video
 
 NARROW = dict(block_out_channels=(8, 8), norm_num_groups=4)
 TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -137,6 +149,41 @@ def test_pipelines_of_others_are_scored_like_ours(kind, tmp_path):
     assert (torch.cat([make(range(1)), make(range(1, 3))]).int() - whole.int()).abs().max() <= 2
     folder = collect(dict(mean=Mean()), make, 3, tmp_path / "features", 2)
     assert collected(folder, "mean features").shape == (3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*says little", "ignore:.*another protocol")
+def test_a_pipeline_of_others_stands_in_a_table_beside_ours(tmp_path):
+    bench = benchmark("shapes-ucf101", (4, 32, 32), n=18)
+    judges = dict(video=load_extractor("shapes"), clip=load_extractor("clip", str(WEIGHTS / "XS")))
+    peer, texts = modelscope(tmp_path), judges["clip"].texts(bench.prompts)
+    sets, made = collect_models(bench, judges, load_trained("smoke"), peer, tmp_path / "features", 1, 4.)
+    rows = {}
+    for name, where in sets.items():
+        def protocol(metric, extractor, against, notes="", how=made[name]):
+            return bench.protocol(metric, extractor, against, notes=notes, **how)
+        rows[name] = scores_of(where, judges, protocol, "" if name == "real" else sets["real"], texts)
+    assert list(rows) == ["real", "real, others of the same kind", "ours", peer]
+    assert set(rows[peer]) == {"FVD on shapes", "CLIPSIM on clip:XS", "FC on clip:XS"}
+    assert rows[peer]["FC on clip:XS"].value != rows["ours"]["FC on clip:XS"].value
+    with pytest.raises(ValueError, match="different protocols"):
+        score_table(rows)
+    assert peer in str(score_table(rows, ("seed", "size", "sampler", "steps", "guidance")))
+
+
+def test_the_protocol_of_the_paper_takes_one_caption_of_each_clip_of_msrvtt(tmp_path):
+    (tmp_path / "TestVideo").mkdir()
+    for i in range(3):
+        write_video(MovingShapes("test", frames=18, size=32).batch([i]).clips[0],
+                    tmp_path / "TestVideo" / f"video{7010 + i}.mp4")
+    videos = [dict(video_id=f"video{7010 + i}", split="test") for i in range(4)]
+    said = [dict(video_id=v["video_id"], caption=f"{v['video_id']} says {j}") for v in videos for j in range(20)]
+    (tmp_path / "info.json").write_text(json.dumps(dict(videos=videos, sentences=said)))
+    with pytest.warns(UserWarning, match="1 of 4 videos of test are not in"):
+        bench = benchmark("versvideo-msrvtt", (16, 64, 64), str(tmp_path), n=3)
+    assert [p.split()[0] for p in bench.prompts] == ["video7010", "video7011", "video7012"]
+    assert bench.real(range(3)).shape == (3, 3, 16, 256, 256)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="takes 2990 clips"):
+        benchmark("versvideo-msrvtt", (16, 64, 64), str(tmp_path))
 
 
 def test_a_motion_adapter_gets_the_schedule_it_was_trained_with(tmp_path):
