@@ -111,7 +111,6 @@ results: $(INSTALLED)
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS-s1.ipynb \
 	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
 	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 guidance=2 out=results/43_follow-XS
-	$(RUN) nbs/43_follow.ipynb results/43_follow-guided-XS.ipynb size=XS n=16 guidance=2 held=False out=results/43_follow-guided-XS
 	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS

@@ -214,7 +214,7 @@ class Explorer:
         self.video = w.FileUpload(accept="video/*,.gif", description="video")
         self.conditions = {name: slide(0.0, 2, name) for name in trained}
         self.picture = w.FileUpload(accept="image/*", description="style picture")
-        self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(6.0, 12, "its guidance")
+        self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(8.0, 12, "its guidance")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
         self.said, self.player = w.HTML(), w.Image(format="gif", layout=w.Layout(width="256px"))
         self.button.on_click(self.draw)
@@ -234,7 +234,7 @@ class Explorer:
                 if not self.video.value: raise ValueError("conditions are chosen but no video: give one to take them from")
                 clip = read_clip(stored(self.video), self.pipe.trained_size)[None]
                 arguments |= dict(conditions={name: extract_condition(name, clip) for name in scales}, condition_scales=scales)
-            if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value, style_guidance=self.style_guidance.value)
+            if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value, style_guidance=self.style_guidance.value, guidance_rescale=0.7)
         return arguments
 
     def draw(self, _=None):
