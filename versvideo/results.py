@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'TABLES', 'TABLE', 'NUMBER', 'RUN', 'TIMES', 'read_runs', 'table', 'judged', 'marks', 'decoders',
-           'decoder_parts', 'costs', 'fill_tables', 'unfounded_numbers', 'assumptions', 'drifted']
+           'decoder_parts', 'scored', 'ablated', 'costs', 'fill_tables', 'unfounded_numbers', 'assumptions', 'drifted']
 
 # %% ../nbs/15_results.ipynb #15-02
 import csv
@@ -91,6 +91,24 @@ def decoder_parts(folder: Path, run: str) -> list:
     return [{"left out": part} | {f"{label}, {kind}": cell(found[part, clips], *how) for label, how in measures.items() for kind, clips in (("plain", "one plain object"), ("full", "everything"))} for part in dict.fromkeys(part for part, _ in found)]
 
 
+def scored(folder: Path, run: str) -> list:
+    "Scores of models and of real clips, each metric on the network it names (40_table1_msrvtt, 41_table2_ucf101)."
+    found = read_json(folder / run / "metrics.json")
+    metrics = sorted({metric for scores in found.values() for metric in scores})
+    form = lambda metric: ".1f" if metric.startswith("FVD") else ".2f" if metric.startswith("IS") else ".3f"
+    return [{"clips": name} | {metric: _interval(scores[metric], form(metric)) if metric in scores else "" for metric in metrics} for name, scores in found.items() if isinstance(scores, dict) and metrics]
+
+
+def ablated(folder: Path, run: str) -> list:
+    "Variants of the UNet: each measure, and its difference from the baseline with the interval over seeds (50 to 52)."
+    found = read_json(folder / run / "metrics.json")
+    def cell(measure, form):
+        change = measure.get("difference")
+        return f"{measure['value']:{form}}" + (f" ({change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]{', ' + measure['verdict'] if measure.get('verdict', 'not decided') != 'not decided' else ''})" if change else "")
+    forms = dict(loss=".4f", FVD=".1f", IS=".2f", FC=".4f")
+    return [{"variant": name, "parameters": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"} | {key: cell(row[key], form) for key, form in forms.items()} for name, row in found.items()]
+
+
 COSTS = {   # Label to the table and case of a record, and the case it is compared with
     "sampling step, L, 16×32×32 latents, experts merged": ("inference", "merged", "baseline"),
     "training step, S, 8 clips of 16×16×16 latents": ("training step", "both", "baseline"),
@@ -112,7 +130,7 @@ def costs(folder: Path, run: str) -> list:
     return rows
 
 
-TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "costs": costs}
+TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "scored": scored, "ablated": ablated, "costs": costs}
 TABLE = re.compile(r"(<!-- table: (\w+) ([\w -]+?) -->\n)((?:\|.*\n)*)")
 
 
