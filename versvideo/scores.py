@@ -70,8 +70,9 @@ class Protocol:
 
     def __str__(self):
         against = f"{self.generated} clips against {self.real} real ones" if self.real else f"{self.generated} clips"
+        where = f"{self.dataset} {self.split}".strip()
         made = f"made as {self.size} by {self.sampler}, {self.steps} steps, guidance {self.guidance:g}, " if self.sampler else ""
-        return (f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {self.dataset} {self.split} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
+        return (f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {where} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
                 f"{made}seed {self.seed}" + (f"; {self.notes}" if self.notes else ""))
 
 
@@ -432,7 +433,7 @@ def evaluate(
     known, against = list_hash([*(sources["real"].identity if real is not None else ()), *prompts]), sources["real"].n if real is not None else 0
 
     def protocol(metric, extractor, counts, notes=""):
-        return Protocol(metric, data or "clips as given", "", known, against if counts else 0, sources["clips"].n, frames, stride, geometry, extractor.name, extractor.checksum, "", "", 0, 0., 0, notes, provenance()["versions"])
+        return Protocol(metric, data or "unnamed data", "", known, against if counts else 0, sources["clips"].n, frames, stride, geometry, extractor.name, extractor.checksum, "", "", 0, 0., 0, notes, provenance()["versions"])
 
     with tempfile.TemporaryDirectory() as own:
         sets = {name: collect({key: e for key, e in extractors.items() if name == "clips" or key == "video"}, one.make, one.n, Path(folder or own) / name, batch, frames, processes, name,
