@@ -152,7 +152,7 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
 # %% ../nbs/14_ablation.ipynb #14a-21
 def _train(variant, seed, budget, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    return train_variant(variant, seed, budget, folder)
+    if not (folder / "metrics.json").exists(): train_variant(variant, seed, budget, folder)   # by now another process may have made it
 
 
 def _one(arguments):
