@@ -366,7 +366,9 @@ class VideoDenoiser(DiffusionPipeline):
         eps, before = first, first
         for scale, part in zip(scales, others, strict=True):   # each beyond the one before
             eps, before = eps + scale * (part - before), part
-        return rescale_noise_cfg(eps, before, self.guidance_rescale) if others and self.guidance_rescale else eps
+        if self.guidance_rescale and others and eps.any():   # an untrained network says nothing
+            eps = rescale_noise_cfg(eps, before, self.guidance_rescale)
+        return eps
 
     def given_frames(self, plan, noise) -> tuple | None:
         "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are; ValueError for parts of frames."
