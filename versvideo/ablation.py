@@ -90,7 +90,7 @@ def protocols_of(budget: Budget, seed: int = 0) -> dict:
     said = lambda metric, extractor, against=False, notes="": str(bench.protocol(metric, extractor, against, seed, f"{row.frames}x{row.height}x{row.width}", type(training_scheduler()).__name__, budget.sampling, GUIDANCE, notes))
     return dict(FVD=said("FVD", video, True), IS=said("IS", video, notes="one part"), FC=said("FC", clip))
 
-
+# %% ../nbs/14_ablation.ipynb #14a-12
 def held_out_loss(unet, latents, text, seed=0) -> float:
     "Plain error of ε on clips that were not trained on, from the same noise and steps for every variant."
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -255,7 +255,7 @@ class ClipExtractor(Extractor):
 
     def texts(self, prompts: list) -> torch.Tensor:
         "One unit vector a text, `b d`."
-        return embed_text(self.text, self.tokenizer, prompts)
+        return torch.cat([embed_text(self.text, self.tokenizer, prompts[i:i + 64]) for i in range(0, len(prompts), 64)])
 
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))   # mean and deviation of CLIP's pictures in [0, 1]

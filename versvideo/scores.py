@@ -347,9 +347,14 @@ def scores_of(
         mean, deviation = inception_score(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))], parts)
         found[name("IS", "classes")] = Score(mean, mean - deviation, mean + deviation, protocol("IS", extractors["classes"], False, f"{parts} parts, mean ± deviation"))
     if "clip" in extractors:
-        looks = list(parts_of(folder, "clip frames"))
-        if texts is not None: found[name("CLIPSIM", "clip")] = Score(*with_interval(clipsim(torch.cat(looks), texts)), protocol("CLIPSIM", extractors["clip"], False))
-        if looks[0].shape[1] > 1: found[name("FC", "clip")] = Score(*with_interval(torch.cat([fc_consecutive(part) for part in looks])), protocol("FC", extractors["clip"], False))
+        similar, steady, at = [], [], 0
+        for looks in parts_of(folder, "clip frames"):   # a part at a time: only a number of each clip is kept
+            if texts is not None: similar.append(clipsim(looks, texts[at:at + len(looks)]))
+            if looks.shape[1] > 1: steady.append(fc_consecutive(looks))
+            at += len(looks)
+        if texts is not None and at != len(texts): raise ValueError(f"{len(texts)} texts for {at} clips of {folder}: give one for each")
+        for metric, values in dict(CLIPSIM=similar, FC=steady).items():
+            if values: found[name(metric, "clip")] = Score(*with_interval(torch.cat(values)), protocol(metric, extractors["clip"], False))
     return found
 
 # %% ../nbs/13_scores.ipynb #13s-36
@@ -404,7 +409,7 @@ def source_of(
         return fit(torch.stack(found), numbers)
     return Source(forward, n, [called])
 
-
+# %% ../nbs/13_scores.ipynb #13s-36b
 def evaluate(
     clips,                              # What is scored, as of `source_of`
     extractors: dict,                   # "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM: those that are wanted, each an `Extractor`
@@ -424,6 +429,7 @@ def evaluate(
     for name in extractors: pick(dict.fromkeys(("video", "classes", "clip")), name, "extractor")
     if "video" in extractors and real is None: raise ValueError("extractors has 'video', for FVD, and real is None: give real clips")
     if real is not None and "video" not in extractors: raise ValueError("real clips are given and extractors has no 'video': give the network of FVD")
+    if prompts and "clip" not in extractors: raise ValueError(f"{len(prompts)} prompts are given and extractors has no 'clip': give the network of CLIPSIM")
     if processes is not None and processes.num_processes > 1 and not folder: raise ValueError("several processes need a folder= that all of them share")
     stream = lambda given: not isinstance(given, (torch.Tensor, str, Path))
     if real is not None and stream(real) and not data: raise ValueError("real is a stream and data='': nothing would tell it from another set, say what it is, as data=")
@@ -438,7 +444,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as own:
         sets = {name: collect({key: e for key, e in extractors.items() if name == "clips" or key == "video"}, one.make, one.n, Path(folder or own) / name, batch, frames, processes, name,
                               dict(clips=list_hash(one.identity), frames=frames, stride=stride, geometry=geometry)) for name, one in sources.items()}
-        texts = extractors["clip"].texts(list(prompts)).cpu() if prompts and "clip" in extractors else None
+        texts = extractors["clip"].texts(list(prompts)).cpu() if prompts else None
         return scores_of(sets["clips"], extractors, protocol, sets.get("real", ""), texts)
 
 
