@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'GUIDANCE', 'MEASURES', 'Variant', 'Budget', 'build', 'cost_of', 'judges', 'bench_of', 'protocols_of',
-           'held_out_loss', 'made_with', 'train_variant', 'train_all', 'over_seeds', 'compare_variants', 'verdicts',
-           'as_record']
+           'held_out_loss', 'made_with', 'train_variant', 'train_all', 'curves_of', 'over_seeds', 'compare_variants',
+           'verdicts', 'as_record']
 
 # %% ../nbs/14_ablation.ipynb #14a-03
+import csv
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -160,6 +161,9 @@ def _one(arguments):
     return _train(*arguments)
 
 
+def _place(folder, name, seed): return Path(folder) / f"{name.replace(' ', '-')}-s{seed}"
+
+
 def train_all(
     variants: list,    # Of `Variant`
     seeds: int,        # Trainings of each
@@ -172,7 +176,7 @@ def train_all(
     if len({v.name for v in variants}) < len(variants): raise ValueError(f"variants={[v.name for v in variants]} name one twice")
     if seeds < 2 or at_once < 1: raise ValueError(f"seeds={seeds}, at_once={at_once}: at least two seeds, as an interval needs them, and one at once")
     (folder / "cache").mkdir(parents=True, exist_ok=True)
-    places = {(v.name, s): folder / f"{v.name.replace(' ', '-')}-s{s}" for v in variants for s in range(seeds)}
+    places = {(v.name, s): _place(folder, v.name, s) for v in variants for s in range(seeds)}
     there = {key for key, place in places.items() if (place / "metrics.json").exists() and (place / "config.json").exists()}
     given = made_with(budget)
     for (name, seed), place in places.items():
@@ -187,6 +191,15 @@ def train_all(
     else:
         for job in progress(missing, "train", every=1): _train(*job)
     return {v.name: [read_json(places[v.name, s] / "metrics.json") for s in range(seeds)] for v in variants}
+
+
+def curves_of(variants: list, seeds: int, folder: str | Path) -> list:
+    "The curves of these trainings of `train_all`, one after the other: rows with variant, seed, step and what was logged."
+    rows = []
+    for name, seed in [(v.name, s) for v in variants for s in range(seeds)]:
+        with open(_place(folder, name, seed) / "curve.csv", newline="", encoding="utf-8") as file:
+            rows += [dict(variant=name, seed=seed) | {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return rows
 
 
 def over_seeds(

@@ -111,6 +111,7 @@ def plot_curves(
     x: str = "step",                 # Key on the horizontal axis
     y: list[str] | None = None,      # Keys to draw; None draws every other number of the rows
     path: str | Path | None = None,  # JPEG file to write as well
+    by: str = "",                    # Key with a line for each of its values, through the means of rows alike in `x`
 ) -> None:
     "Draw one small diagram for each key of `y` and show them as one JPEG."
     try:
@@ -120,15 +121,18 @@ def plot_curves(
     values = [item for row in rows for item in row.items()]
     numbers = dict.fromkeys(key for key, value in values if isinstance(value, (int, float)))
     y = y or [k for k in numbers if k != x]
-    unknown = [k for k in [x, *y] if k not in numbers]
+    unknown = [k for k in [x, *y] if k not in numbers] + [by] * any(by and by not in row for row in rows)
     if not rows or unknown:
         raise ValueError(f"{', '.join(unknown) or 'rows'} cannot be drawn: the rows hold "
                          f"{', '.join(numbers) or 'no numbers'}")
     figure = Figure(figsize=(4 * len(y), 2.6), dpi=80, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(y), squeeze=False)[0], y, strict=True):
-        kept = [row for row in rows if row.get(x) is not None and row.get(name) is not None]
-        axes.plot([row[x] for row in kept], [row[name] for row in kept])
+        lines = {}
+        for row in rows:
+            if row.get(x) is not None and row.get(name) is not None: lines.setdefault(row.get(by), {}).setdefault(row[x], []).append(row[name])
+        for value, line in lines.items(): axes.plot(line.keys(), [np.mean(found) for found in line.values()], label=value)
         axes.set(xlabel=x, title=name)
+        if by: axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     data = io.BytesIO()
     figure.savefig(data, format="png")
