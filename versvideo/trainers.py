@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'FitConfig', 'touch', 'Objective', 'drop_idle_gradients', 'Log', 'turn_seed', 'parameter_groups', 'sharding',
-           'prepare', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'validated', 'tell', 'say_bad',
-           'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps', 'denoising_loss',
-           'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae', 'load_decoder', 'load_frozen', 'load_trained']
+           'prepare', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'over_share', 'validated', 'tell',
+           'say_bad', 'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps',
+           'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae', 'load_decoder',
+           'load_frozen', 'load_trained']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import copy
@@ -233,6 +234,19 @@ class Preempted(SystemExit):
     def __str__(self): return self.message
 
 # %% ../nbs/14_trainers.ipynb #14-12e
+def over_share(
+    measure,     # `(list of indices) -> dict` of scalars
+    n: int,      # Samples held out
+    batch: int,  # Of them at a time
+    rank: int,   # Of this process
+    world: int,  # Number of processes
+) -> dict:
+    "What is measured on this process's share of the held-out samples, as large as that of any other, averaged."
+    share = [(rank + i * world) % n for i in range(-(-n // world))]
+    parts = [(some, measure(some)) for some in (share[i:i + batch] for i in range(0, len(share), batch))]
+    return {name: sum(len(some) * found[name] for some, found in parts) / len(share) for name in parts[0][1]}
+
+
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
     "Means over all processes of what `validate` gave with the averaged weights; clips go to the trackers."
     set_seed(turn_seed(0, accelerator.process_index))   # the same noise each time; the next batch is seeded anew
