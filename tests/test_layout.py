@@ -47,7 +47,7 @@ ORDER = [
 ONLY_IN = {
     "controlnet_aux": {"conditions"},
     "cv2": {"conditions"},
-    "decord": {"data", "video"},
+    "decord": set(),
     "ipywidgets": {"show"},
     "lpips": {"metrics", "vae"},
     "pebble": {"reading"},
@@ -190,7 +190,7 @@ def test_pins_are_exact_and_allowed(python):
     assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in pins)
     assert len({r.name for r in pins}) == len(pins)
     pinned = {r.name: str(r.specifier)[2:] for r in pins}
-    for key in ("requirements", "video_requirements", "control_requirements", "hed_requirements",
+    for key in ("requirements", "control_requirements", "hed_requirements",
                 "metrics_requirements", "data_requirements", "notebooks_requirements"):
         for r in requirements(key):
             assert r.specifier.contains(pinned[r.name]), f"{r.name} {pinned[r.name]}"

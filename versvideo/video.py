@@ -17,6 +17,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 from .core import atomic_path
@@ -124,7 +125,7 @@ def read_video(
     stride: int | None = None,  # Every so many frames from the first on, in place of evenly spaced
     fps: float | None = None,   # In place of both, so many a second from the first on; at most `frames`
 ) -> torch.Tensor:              # uint8 `c t h w`
-    "Read a video; FileNotFoundError, ValueError for a damaged file."
+    "Read a video; FileNotFoundError, ValueError for a damaged file. The frames lie in memory as they were decoded, channels last."
     path = Path(path)
     if fps is not None and (stride is not None or not fps > 0):
         raise ValueError(f"{fps=}, {stride=}: give frames a second, above 0, or a stride, not both")
@@ -136,47 +137,71 @@ def read_video(
         pixels, times = _read_pictures(path)
         pixels = pixels[_chosen(times[:-1], frames, path, stride, fps, times[-1])]
     else:
-        pixels = _decord_frames(path, frames, stride, fps)
-    return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous()
+        pixels = _asked_for(path, frames, stride, fps)
+    return torch.from_numpy(pixels).permute(3, 0, 1, 2)
 
 
 def _chosen(times, frames, path, stride, fps, end=None):
     "Indices of the frames asked for, from the second at which each begins; at a steady rate, those that are on the screen then, up to the end where it is known."
     if fps is None: return _spaced(len(times), frames, path, stride)
     count = 1 + int((times[-1] - times[0]) * fps + 1e-3) if end is None else max(1, round((end - times[0]) * fps))
-    steady = times[0] + np.arange(count) / fps
-    return (np.searchsorted(times, steady[:frames] + 1e-3, side="right") - 1).tolist()
+    steady = times[0] + np.arange(count if frames is None else min(count, frames)) / fps
+    return (np.searchsorted(times, steady + 1e-3, side="right") - 1).tolist()
 
 
-def _decord_frames(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
-    try: import decord
-    except ImportError: return _av_frames(path, frames, stride, fps)
+class _Index(NamedTuple):
+    "What is known of a video's frames, in the order in which they are shown."
+    times: np.ndarray   # Second at which each begins
+    place: dict         # Place of a frame by its time in the file's unit; empty: they are counted
+    keys: list          # Places from which decoding can begin
+
+
+def _index(path: Path, decode: bool = False) -> _Index:
+    "Read the times of all frames, without decoding them where the file says them."
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        if decode:
+            times = [frame.time for frame in file.decode(stream)]
+            if file.format.name == "avi": times = [i / stream.average_rate for i in range(len(times))]   # AVI has a rate and no times
+            return _Index(np.array(times, float), {}, [0])
+        found, unit = [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard], float(stream.time_base)
+    stamps = [pts for pts, _ in found]
+    if not found or None in stamps or len(set(stamps)) < len(found): return _index(path, decode=True)
+    place = {pts: i for i, pts in enumerate(sorted(stamps))}
+    return _Index(np.array(list(place)) * unit, place, sorted({0} | {place[pts] for pts, key in found if key}))
+
+
+def _decoded(path: Path, index: _Index, wanted: list) -> dict:
+    "Frames `h w 3` by their place, decoded from the key frame before each; none where one does not come out."
+    kept, at, pixels = {}, -1, VideoReformatter()   # one for all frames: to set it up takes as long as to decode
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        stream.thread_count = 1   # other processes have the other cores
+        decoded, stamps = file.decode(stream), list(index.place)
+        for i in sorted(set(wanted)):
+            key = index.keys[np.searchsorted(index.keys, i, side="right") - 1]
+            if key > at + 1:   # frames in between are not asked for
+                file.seek(stamps[key], stream=stream)
+                decoded = file.decode(stream)
+            for frame in decoded:
+                at = index.place.get(frame.pts, at) if index.place else at + 1
+                if at >= i: break
+            if at == i: kept[i] = np.rot90(pixels.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
+            elif len(index.keys) > 1: return _decoded(path, index._replace(keys=[0]), wanted)   # the file seeks elsewhere: from its start
+            else: return {}
+    return kept
+
+
+def _asked_for(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
+    "Frames of a video, `t h w 3`."
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        times = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-        return np.stack([_rgb(reader[i].asnumpy()) for i in _chosen(times, frames, path, stride, fps)])
-    except (decord.DECORDError, RuntimeError): return _av_frames(path, frames, stride, fps)   # AV1 is beyond decord's FFmpeg
-
-
-def _av_frames(path, frames, stride, fps):
-    "The same by PyAV: slower, of more kinds of video. Times are read without decoding, and frames up to the last that is asked for."
-    try:
-        with av.open(str(path)) as file: times = sorted(float(p.pts * p.time_base) for p in file.demux(video=0) if p.size and p.pts is not None and not p.is_discard)
-        if not times:   # a file that does not say
-            with av.open(str(path)) as file: times = [float(frame.time) for frame in file.decode(video=0)]
-        wanted, kept = _chosen(np.array(times), frames, path, stride, fps), {}
-        with av.open(str(path)) as file:
-            for i, frame in enumerate(file.decode(video=0)):
-                if i in wanted: kept[i] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                if i >= wanted[-1]: break
-        return np.stack([kept[i] for i in wanted])
-    except (av.FFmpegError, IndexError, KeyError, TypeError) as error: raise ValueError(f"{path} cannot be read as video: it is damaged or not a video, give one that a player shows, for example an mp4") from error
-
-
-def _rgb(frame: np.ndarray) -> np.ndarray:
-    "decord counts the padding of narrow frames as channels (16 wide: 6, 48 wide: 4): drop it."
-    h, w, _ = frame.shape
-    return frame.reshape(h, -1)[:, : 3 * w].reshape(h, w, 3)
+        for decode in (False, True):   # once more where the packets say other things than what comes out, as with hidden frames
+            index = _index(path, decode)
+            wanted = _chosen(index.times, frames, path, stride, fps)
+            if found := _decoded(path, index, wanted): return np.stack([found[i] for i in wanted])
+        raise IndexError("a frame is missing")
+    except (av.FFmpegError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as video: it is damaged or not a video ({error}); convert it first, for example with ffmpeg -i {path.name} converted.mp4, which leaves damaged frames out") from error
 
 # %% ../nbs/08_video.ipynb #08-31
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".3gp")
