@@ -212,7 +212,7 @@ def as_pictures(
         if isinstance(one, Image.Image): one = picture_tensor(one)
         if isinstance(one, np.ndarray) and one.ndim != 3: raise ValueError(f"{name} holds an array of shape {one.shape}: an array is `h w 3`")
         if isinstance(one, np.ndarray): one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
-        if not isinstance(one, torch.Tensor): raise TypeError(f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`")
+        if not isinstance(one, torch.Tensor): raise TypeError(f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`; read_picture(path) opens a file")
         if one.ndim != 3 or one.shape[0] != 3 or 0 in one.shape: raise ValueError(f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`")
         if one.dtype != torch.uint8:
             if not one.is_floating_point() or not (one.min() >= 0 and one.max() <= 1): raise ValueError(f"{name} has values outside [0, 1]: give floats of that range, or uint8")

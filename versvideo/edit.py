@@ -101,10 +101,11 @@ def edit_files(
     paths = sorted(p for p in video.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if video.is_dir() else [video]
     check_names(pipe, arguments.get("conditions", ()), arguments.get("options"), **{key: arguments[key] for key in ("condition_scales", "control_start", "control_end") if key in arguments})
     if arguments.get("style_image") is not None and pipe.style_adapter is None: raise ValueError("a style picture needs a pipeline with a style adapter: train one with nbs/23_train_style.ipynb")
+    edit_clip(pipe, torch.zeros(1, 3, *size, dtype=torch.uint8), prompt, **arguments | dict(num_inference_steps=1))   # what is wrong with the arguments is found before, and not in each video
     stems, done = [p.stem for p in paths], Batch()
     for path in paths:
         try: clip = read_clip(path, size, fps)[None]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             done.bad[path.name] = str(error)
             continue
         try: edit = edit_clip(pipe, clip, prompt, generator=torch.Generator().manual_seed(seed), **arguments)

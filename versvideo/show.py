@@ -10,6 +10,7 @@ import html
 import io
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -217,12 +218,13 @@ class Explorer:
         self.guidance = slide(4.0, 15, "guidance")
         self.video = w.FileUpload(accept="video/*,.gif", description="video")
         self.conditions = {name: slide(0.0, 2, name) for name in trained}
+        self.models = {name: w.Text(placeholder="folder or hub id of its model", description=name, **text) for name in trained if name in ("depth", "hed")}
         self.picture = w.FileUpload(accept="image/*", description="style picture")
         self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(8.0, 12, "its guidance")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
         self.said, self.player = w.HTML(), w.Image(format="gif", layout=w.Layout(width="256px"))
         self.button.on_click(self.draw)
-        controls = [w.HBox([self.video, w.VBox(list(self.conditions.values()))])] * bool(trained)
+        controls = [w.HBox([self.video, w.VBox([*self.conditions.values(), *self.models.values()])])] * bool(trained)
         controls += [w.HBox([self.picture, self.style, self.style_guidance])] * (pipe.style_adapter is not None)
         self.panel = w.VBox([self.prompt, w.HBox([self.seed, self.steps, self.guidance]), *controls, self.button, self.bar, self.said, self.player])
 
@@ -237,19 +239,23 @@ class Explorer:
             if scales:
                 if not self.video.value: raise ValueError("conditions are chosen but no video: give one to take them from")
                 clip = read_clip(stored(self.video), self.pipe.trained_size)[None]
-                arguments |= dict(conditions={name: extract_condition(name, clip) for name in scales}, condition_scales=scales)
+                model = {name: dict(model=field.value) for name, field in self.models.items() if field.value}
+                arguments |= dict(conditions={name: extract_condition(name, clip, **model.get(name, {})) for name in scales}, condition_scales=scales)
             if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value, style_guidance=self.style_guidance.value, guidance_rescale=0.7)
         return arguments
 
     def draw(self, _=None):
-        "Generate and play; an error becomes a line of text."
+        "Generate and play; an error or a warning becomes a line of text."
         self.said.value, self.bar.value = "", 0
         def count(pipe, i, t_idx, tensors):
             self.bar.max, self.bar.value = pipe.num_timesteps, i + 1
             return {}
         try:
-            videos = self.pipe(self.prompt.value, num_inference_steps=self.steps.value, guidance_scale=self.guidance.value, callback_on_step_end=count,
-                               generator=torch.Generator().manual_seed(self.seed.value), **self.given()).videos
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                videos = self.pipe(self.prompt.value, num_inference_steps=self.steps.value, guidance_scale=self.guidance.value, callback_on_step_end=count,
+                                   generator=torch.Generator().manual_seed(self.seed.value), **self.given()).videos
+            self.said.value = "<br>".join(html.escape(str(w.message)) for w in warned if issubclass(w.category, UserWarning))
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:   # out of memory is among the last
             self.said.value = f"<b>{html.escape(str(error))}</b>"
             return
