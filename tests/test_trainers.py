@@ -37,6 +37,7 @@ from versvideo.saved import change_config
 from versvideo.shards import LatentBatches, tensor_sample, write_shards
 from versvideo.trainers import (
     FitConfig,
+    base_of,
     denoising_loss,
     draw_latents,
     draw_timesteps,
@@ -318,6 +319,17 @@ def test_numbers_below_one_are_refused(name):
 def test_folder_that_is_not_there_is_named(name):
     with pytest.raises(FileNotFoundError, match=f"{name}='results/nope': there is no folder"):
         load_frozen("XS", **{name: "results/nope"})
+
+
+@pytest.mark.parametrize("name, part", [("vae", "image_vae"), ("clip", "text_encoder")])
+def test_pickled_weights_are_refused(tmp_path, name, part):
+    folder = tmp_path / "given" / ("" if name == "vae" else part)
+    shutil.copytree(base_of("XS") / part, folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+        torch.save({}, folder / ("pytorch_model.bin" if name == "clip" else f"{weights.stem}.bin"))
+    with pytest.raises(FileNotFoundError, match="from .safetensors alone"):
+        load_frozen("XS", **{name: str(tmp_path / "given")})
 
 
 def test_two_newest_checkpoints_are_kept(tmp_path):

@@ -349,7 +349,7 @@ def load_clip(
             raise FileNotFoundError(f"{path} is missing: write it with save_clip, "
                                     "as nbs/24_train_clip.ipynb does")
         try:
-            part = kind.from_pretrained(path)
+            part = kind.from_pretrained(path, **({} if name == "tokenizer" else dict(use_safetensors=True)))
         except (SafetensorError, OSError, ValueError) as error:
             raise OSError(f"{path} cannot be read ({error}): "
                           "copy it again or train it anew") from error

@@ -497,10 +497,10 @@ def load_frozen(
         image_vae = load_vae(repo_path(vae)) if vae else load_vae(base, subfolder="vae")
         kind = (CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures or ["CLIPTextModel"])[0]
         text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
-        with quiet_bars(): text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32)
+        with quiet_bars(): text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
     except OSError as error:
-        raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}): "
+        raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}; weights come from .safetensors alone): "
                                 "give their folders as vae= and clip=") from error
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 

@@ -295,7 +295,7 @@ def load_vae(
     kind = AutoencoderKL.load_config(folder, subfolder=subfolder).get("_class_name")
     classes = {"TCMVAE": TCMVAE, "AutoencoderKL": AutoencoderKL}
     if kind not in classes: raise ValueError(f"{folder} holds a model of class {kind}: give an AutoencoderKL or a TCMVAE")
-    return classes[kind].from_pretrained(folder, subfolder=subfolder, dtype=dtype).eval()
+    return classes[kind].from_pretrained(folder, subfolder=subfolder, dtype=dtype, use_safetensors=True).eval()
 
 # %% ../nbs/06_vae.ipynb #06-51
 class TemporalDiscriminator(ModelMixin, ConfigMixin):
