@@ -6,7 +6,8 @@
 __all__ = ['SENTENCES', 'SHEETS', 'PICTURES', 'MEDIA', 'COLUMNS', 'clean_caption', 'Entry', 'need_folder', 'read_sheet',
            'read_msrvtt', 'class_words', 'read_ucf101', 'media_of', 'several', 'csv_rows', 'find_in', 'read_table',
            'told', 'read_beside', 'leads_out', 'tar_members', 'members_at', 'read_member', 'read_image_shards',
-           'read_image', 'need_pyarrow', 'write_manifest', 'read_manifest', 'fit_frames', 'read_entry', 'long_enough']
+           'read_image', 'need_pyarrow', 'write_manifest', 'read_manifest', 'read_set', 'fit_frames', 'read_entry',
+           'long_enough']
 
 # %% ../nbs/11_data.ipynb #11d-03
 import ast
@@ -464,6 +465,16 @@ def read_manifest(
             found.append(Entry(place, tuple(filter(None, map(clean_caption, said))), row["label"], int(row["frames"]), float(row["fps"]), int(row["height"]), int(row["width"]), row["sha256"]))
         except (TypeError, ValueError) as error: raise ValueError(f"row {i} of {path} is none of a manifest: {error}") from error
     return found
+
+
+def read_set(
+    source: str | Path,  # A manifest, a folder of files with a caption beside each, or a folder of tars of pictures
+) -> list:               # Of `Entry`
+    "Any set: `read_manifest`, `read_beside` or, where no file lies outside of a tar, `read_image_shards`."
+    source = Path(source)
+    if not source.is_dir(): return read_manifest(source)
+    endings = {path.suffix.lower() for path in source.rglob("*")}
+    return read_image_shards(source) if ".tar" in endings and not endings & {*MEDIA} else read_beside(source)
 
 # %% ../nbs/11_data.ipynb #11d-21
 def fit_frames(

@@ -1,0 +1,79 @@
+"""A set on disk becomes shards: tars of pictures, videos of several rates, and a report of bad files that survives."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from versvideo.launch import run_cells
+from versvideo.shards import Shards, sample_tensors
+from versvideo.video import write_video
+
+
+def prepare(folder, *arguments: str):
+    return run_cells("nbs/26_prepare.ipynb", [f"data={folder / 'set'}", f"out={folder / 'out'}", "size=smoke", "workers=1", *arguments])
+
+
+def reported(path) -> dict:
+    "File name to cause."
+    return {name.rpartition("/")[2]: cause for name, cause in json.loads(path.read_text()).items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    return tmp_path
+
+
+def add_video(folder, name: str, frames: int, fps: float):
+    "Frame i has the brightness i / frames."
+    write_video(torch.linspace(-1, 1, frames).view(1, -1, 1, 1).expand(3, -1, 32, 32), folder / "set" / f"{name}.mp4", fps)
+    (folder / "set" / f"{name}.txt").write_text(f"clip {name}")
+
+
+def test_tars_of_pictures_are_prepared_and_bad_ones_reported_through_a_resume(folder):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 48), "red").save(picture, "JPEG")
+    with tarfile.open(folder / "set" / "00000.tar", "w") as tar:
+        for i in range(6):
+            for name, data in ((f"{i}.jpg", b"none" if i in (1, 4) else picture.getvalue()), (f"{i}.txt", b"a red wall")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    prepare(folder, "per_shard=3")
+    shards, made = Shards(folder / "out"), {path.name: path.read_bytes() for path in (folder / "out").glob("*.tar")}
+    assert [shards[i]["__key__"] for i in range(len(shards))] == ["00000000", "00000002", "00000003", "00000005"]
+    assert sample_tensors(shards[0])["latents"].shape[1] == 1 and shards[0]["txt"] == b"a red wall"
+    both = reported(folder / "out" / "bad.json")
+    assert list(both) == ["1.jpg", "4.jpg"] and reported(folder / "out" / "bad-000001.json").keys() == {"4.jpg"}
+    for name in ("shard-000001.tar", "shard-000001.json"):
+        (folder / "out" / name).unlink()
+    prepare(folder, "per_shard=3")
+    assert reported(folder / "out" / "bad.json") == both
+    assert {path.name: path.read_bytes() for path in (folder / "out").glob("*.tar")} == made
+
+
+def test_a_run_that_too_many_bad_files_stop_leaves_their_report(folder):
+    add_video(folder, "good", 8, 8)
+    for i in range(120):
+        (folder / "set" / f"{i:03d}.mp4").write_bytes(b"")
+        (folder / "set" / f"{i:03d}.txt").write_text("a clip")
+    with pytest.raises(RuntimeError, match="too many bad files, more than 10%"):
+        prepare(folder, "per_shard=60")
+    assert len(reported(folder / "out" / "bad-000000.json")) == 60 and len(reported(folder / "out" / "bad-000001.json")) == 40
+
+
+def test_videos_of_two_rates_become_clips_of_one(folder):
+    add_video(folder, "slow", 16, 8)
+    add_video(folder, "swift", 32, 16)
+    add_video(folder, "too short", 2, 8)
+    prepare(folder, "fps=4")
+    assert reported(folder / "out" / "bad.json") == {"too short.mp4": "too short"}
+    shards = Shards(folder / "out")
+    slow, swift = (sample_tensors(shards[i])["latents"].float() for i in range(2))
+    assert (slow - swift).abs().mean() < 0.1 * (slow - slow.flip(1)).abs().mean()
+    with pytest.raises(ValueError, match="not both"):
+        prepare(folder, "fps=4", "stride=2")
