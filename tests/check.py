@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import torch
+from PIL import Image
 from run_notebook import defaults
 
 from versvideo.core import read_json, tensors_digest
@@ -23,8 +24,10 @@ from versvideo.features import ShapesNet
 from versvideo.pipeline import load_pipeline
 from versvideo.results import drifted, fill_tables
 from versvideo.saved import save_model, save_pipeline
+from versvideo.shapes import MovingShapes
 from versvideo.text import load_clip
 from versvideo.vae import load_vae
+from versvideo.video import write_video
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -115,6 +118,12 @@ def runs() -> None:
     notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip", *more)
                   for more in ((), ("without=tcm+refinement",))]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        own = MovingShapes.full("test", 0, frames=40, size=(90, 120)).batch([0]).clips[0]
+        write_video(own / 127.5 - 1, Path(folder) / "own.mp4", fps=30)
+        Image.fromarray(own[:, 0].permute(1, 2, 0).numpy()).save(Path(folder) / "own.png")
+        notebooks += [(REPO / "nbs/32_edit.ipynb", f"video={folder}/own.mp4",
+                       f"style={folder}/own.png", "steps=4")]
+
         def smoke(run: tuple) -> float:
             start, (notebook, *parameters) = time.monotonic(), run
             call(sys.executable, REPO / "tests/run_notebook.py", f"nbs/{notebook.name}",
@@ -131,6 +140,12 @@ def runs() -> None:
                  f"{two}.ipynb", f"out={two}", cwd=REPO, OMP_NUM_THREADS="1")
             assert Path(f"{two}.ipynb").exists() and read_json(two / "config.json")["processes"] == 2
             print(f"{name}.ipynb by two processes", flush=True)
+        launched = Path(folder) / "launched"
+        call(BIN / "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1,
+             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "versvideo.trainers",
+             "nbs/22_train_controlnet.ipynb", f"out={launched}", cwd=REPO, OMP_NUM_THREADS="1")
+        assert read_json(launched / "metrics.json")["seconds"] > 0
+        print("22_train_controlnet.ipynb by accelerate launch", flush=True)
 
 
 def ship(unet: str, vae: str, image_vae: str, clip: str, classifier: str, control: str = "",
