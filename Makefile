@@ -98,20 +98,13 @@ results: $(INSTALLED)
 	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-styles2-XS-s1.ipynb \
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights controlnet=results/22_train_controlnet-XS-s0/weights \
 	    steps=900 seed=1 out=results/22_train_controlnet-styles2-XS-s1
-	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-styles3-XS-s2.ipynb \
-	    size=XS init=results/20_train_unet-styles2-XS-s1/weights pretrained_share=0.5 styles=flat,outline,gradient \
-	    unsaid=0.3 image_steps=600 steps=1600 seed=2 out=results/20_train_unet-styles3-XS-s2 \
-	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-styles3-XS-s2.ipynb \
-	    size=XS model=results/20_train_unet-styles3-XS-s2/weights controlnet=results/22_train_controlnet-styles2-XS-s1/weights \
-	    steps=450 seed=2 out=results/22_train_controlnet-styles3-XS-s2
-	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles3-XS-s2.ipynb \
-	    size=XS model=results/20_train_unet-styles3-XS-s2/weights seed=2 \
-	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles3-XS-s2
-	$(BIN)/python tests/check.py ship results/20_train_unet-styles3-XS-s2/weights results/21_train_vae-tcm2-XS-s1/weights \
+	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s1.ipynb \
+	    size=XS model=results/20_train_unet-styles2-XS-s1/weights seed=1 \
+	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s1
+	$(BIN)/python tests/check.py ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
-	    results/22_train_controlnet-styles3-XS-s2/weights results/23_train_style-styles3-XS-s2/weights
+	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s1/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
