@@ -34,7 +34,7 @@ setup(
     install_requires=requirements("requirements"),
     extras_require={
         name: requirements(f"{name}_requirements")
-        for name in ("video", "control", "hed", "metrics", "data", "notebooks", "dev")
+        for name in ("control", "hed", "metrics", "data", "notebooks", "dev")
     },
     packages=find_packages(include=["versvideo", "versvideo.*"]),
     package_data={"versvideo": ["weights/**/*"]},
