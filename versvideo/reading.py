@@ -41,8 +41,9 @@ KEPT = 2**26          # Bytes that a slot keeps once its array is taken
 @dataclass(frozen=True)
 class Placed:
     "What is sent of an array that was written into a `Slot`."
-    shape: tuple
+    shape: tuple      # As it lies in memory
     dtype: np.dtype
+    axes: tuple       # Those of the array, among these
 
 
 class Slot:
@@ -57,7 +58,7 @@ class Slot:
         "What was read: a copy of the array that lies here, or what came through the pipe."
         if not isinstance(found, Placed): return found
         self.file.seek(0)
-        array = np.fromfile(self.file, found.dtype, math.prod(found.shape)).reshape(found.shape)
+        array = np.fromfile(self.file, found.dtype, math.prod(found.shape)).reshape(found.shape).transpose(found.axes)
         if array.nbytes > KEPT: self.file.truncate(KEPT)
         return array
 
@@ -69,19 +70,22 @@ class Slot:
 def place(found, path: str, inode: int):
     "In a worker: write an array into the slot with this path and inode, and return `Placed`; what is no plain array, or finds no room, is returned as it is."
     if type(found) is not np.ndarray or found.dtype.hasobject or not found.nbytes: return found
+    order = np.argsort([-stride for stride in found.strides], kind="stable").tolist()
+    packed = np.ascontiguousarray(found.transpose(order))   # nothing to copy for frames with their channels last
     try:
         with open(path, "r+b") as file:
             held, memory = os.fstat(file.fileno()), shutil.disk_usage(SHARED)
             if held.st_ino != inode or found.nbytes - held.st_size > max(0, memory.free - FREE * memory.total): return found
             os.posix_fallocate(file.fileno(), 0, found.nbytes)   # all of it or nothing
-            file.write(np.ascontiguousarray(found).reshape(-1).view(np.uint8))
+            file.write(packed.reshape(-1).view(np.uint8))
     except OSError: return found   # a slot without memory, or a machine that hides it
-    return Placed(found.shape, found.dtype)
+    return Placed(packed.shape, packed.dtype, tuple(np.argsort(order).tolist()))
 
 # %% ../nbs/11_reading.ipynb #11r-11
 def prepare_worker(extra: int) -> None:
     "Let this process take so many bytes more than it has; beyond, it gets a MemoryError (Linux, elsewhere no limit). What decoders print about bad files is not shown."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    bytes(2**24)   # once so much was freed, glibc keeps what frames free for the next ones; from the system it takes as long as decoding
     try: import resource
     except ImportError: return   # Windows
     try: held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -171,9 +171,9 @@ def _index(path: Path, decode: bool = False) -> _Index:
     return _Index(np.array(list(place)) * unit, place, sorted({0} | {place[pts] for pts, key in found if key}))
 
 
-def _decoded(path: Path, index: _Index, wanted: list) -> dict:
-    "Frames `h w 3` by their place, decoded from the key frame before each; none where one does not come out."
-    kept, at, pixels = {}, -1, VideoReformatter()   # one for all frames: to set it up takes as long as to decode
+def _decoded(path: Path, index: _Index, wanted: list) -> np.ndarray | None:
+    "Frames `t h w 3` of these places, decoded from the key frame before each; None where one does not come out."
+    found, at, pixels = None, -1, VideoReformatter()   # one for all frames: to set it up takes as long as to decode
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         stream.thread_count = 1   # other processes have the other cores
@@ -186,10 +186,11 @@ def _decoded(path: Path, index: _Index, wanted: list) -> dict:
             for frame in decoded:
                 at = index.place.get(frame.pts, at) if index.place else at + 1
                 if at >= i: break
-            if at == i: kept[i] = np.rot90(pixels.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
-            elif len(index.keys) > 1: return _decoded(path, index._replace(keys=[0]), wanted)   # the file seeks elsewhere: from its start
-            else: return {}
-    return kept
+            if at != i: return _decoded(path, index._replace(keys=[0]), wanted) if len(index.keys) > 1 else None   # where the file seeks elsewhere, from its start
+            seen = np.rot90(pixels.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
+            if found is None: found = np.empty((len(wanted), *seen.shape), np.uint8)
+            found[np.equal(wanted, i)] = seen
+    return found
 
 
 def _asked_for(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
@@ -198,7 +199,7 @@ def _asked_for(path: Path, frames: int | None, stride: int | None, fps: float | 
         for decode in (False, True):   # once more where the packets say other things than what comes out, as with hidden frames
             index = _index(path, decode)
             wanted = _chosen(index.times, frames, path, stride, fps)
-            if found := _decoded(path, index, wanted): return np.stack([found[i] for i in wanted])
+            if (found := _decoded(path, index, wanted)) is not None: return found
         raise IndexError("a frame is missing")
     except (av.FFmpegError, IndexError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as video: it is damaged or not a video ({error}); convert it first, for example with ffmpeg -i {path.name} converted.mp4, which leaves damaged frames out") from error
