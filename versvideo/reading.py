@@ -71,7 +71,7 @@ def place(found, path: str, inode: int):
     "In a worker: write an array into the slot with this path and inode, and return `Placed`; what is no plain array, or finds no room, is returned as it is."
     if type(found) is not np.ndarray or found.dtype.hasobject or not found.nbytes: return found
     order = np.argsort([-stride for stride in found.strides], kind="stable").tolist()
-    packed = np.ascontiguousarray(found.transpose(order))   # nothing to copy for frames with their channels last
+    packed = np.asarray(found.transpose(order), order="C")   # nothing to copy for frames with their channels last
     try:
         with open(path, "r+b") as file:
             held, memory = os.fstat(file.fileno()), shutil.disk_usage(SHARED)
@@ -85,7 +85,6 @@ def place(found, path: str, inode: int):
 def prepare_worker(extra: int) -> None:
     "Let this process take so many bytes more than it has; beyond, it gets a MemoryError (Linux, elsewhere no limit). What decoders print about bad files is not shown."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    bytes(2**24)   # once so much was freed, glibc keeps what frames free for the next ones; from the system it takes as long as decoding
     try: import resource
     except ImportError: return   # Windows
     try: held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
