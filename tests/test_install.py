@@ -36,7 +36,7 @@ def test_version_and_extras():
         pytest.skip("versvideo is on the path but not installed")
     assert package.version == versvideo.__version__
     extras = package.metadata.get_all("Provides-Extra")
-    assert {"video", "metrics", "notebooks", "dev"} <= set(extras)
+    assert {"control", "metrics", "data", "notebooks", "dev"} <= set(extras)
     needed = [line for line in package.requires if "extra ==" not in line]
     assert not any(line.startswith(("decord", "lpips", "jupyter", "nbdev")) for line in needed)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from versvideo.launch import run_cells
 from versvideo.shards import Shards, sample_tensors
 from versvideo.video import write_video
 
+REPO = Path(__file__).resolve().parents[1]
+
 
 def prepare(folder, *arguments: str):
-    return run_cells("nbs/26_prepare.ipynb", [f"data={folder / 'set'}", f"out={folder / 'out'}", "size=smoke", "workers=1", *arguments])
+    return run_cells(REPO / "nbs/26_prepare.ipynb", [f"data={folder / 'set'}", f"out={folder / 'out'}", "size=smoke", "workers=1", *arguments])
 
 
 def reported(path) -> dict:
