@@ -156,6 +156,7 @@ class Workers:
     def close(self) -> None:
         "End the processes, at once."
         self.pool.stop(), self.pool.join()
+        while self.free: self.free.pop().close()
 
     def map(self, arguments: Iterable) -> Iterator:
         "Argument and result, or None, in order; RuntimeError with the report where too large a share is bad."

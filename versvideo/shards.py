@@ -101,6 +101,12 @@ def note_of(path: Path) -> dict:
     return dict(bytes=path.stat().st_size, keys=list(found), counts=[len(parts) for parts in found.values()]) | {name: list(values) for name, values in zip(("endings", "starts", "sizes"), zip(*members, strict=True), strict=True)}
 
 # %% ../nbs/11_shards.ipynb #11s-11
+def _made(path: Path) -> bool:
+    "Whether a shard is there as its note says; a note without bytes is of one from which all was left out."
+    try: return read_json(path.with_suffix(".json")).get("bytes", 0) == (path.stat().st_size if path.exists() else 0)
+    except (OSError, ValueError): return False
+
+
 def write_shards(
     make: Callable,       # Numbers of samples, a range, to as many dicts of ending and bytes, or None for one that cannot be had
     n: int,               # Samples in all
@@ -124,7 +130,7 @@ def write_shards(
     firsts = range(0, n, per_shard)
     for k in progress([k for k in range(len(firsts)) if k % world == rank], "shards"):
         path, numbers = folder / f"shard-{k:06d}.tar", range(firsts[k], min(firsts[k] + per_shard, n))
-        if path.with_suffix(".json").exists(): continue
+        if _made(path): continue
         samples = list(make(numbers))
         if len(samples) != len(numbers): raise ValueError(f"{len(samples)} samples came for the numbers {numbers.start} to {numbers.stop - 1}: {len(numbers)} are needed, None for one that cannot be had")
         kept = {f"{i:08d}": sample for i, sample in zip(numbers, samples, strict=True) if sample is not None}
@@ -138,7 +144,7 @@ def write_shards(
             with open(path, "rb") as file: known["crc32"] = [checksum(index.parts(file, k)) for k in range(len(index))]
         write_json(path.with_suffix(".json"), known)
     if processes is not None: processes.wait_for_everyone()
-    missing = [k for k in range(len(firsts)) if not (folder / f"shard-{k:06d}.json").exists()]
+    missing = [k for k in range(len(firsts)) if not _made(folder / f"shard-{k:06d}.tar")]
     if missing: raise RuntimeError(f"{len(missing)} of {len(firsts)} shards are missing in {folder}: run it again, what is there is kept")
     return folder
 
@@ -162,7 +168,10 @@ class Shards:
     def _index(self, path):
         note, size = path.with_suffix(".json"), path.stat().st_size
         if note.exists():
-            try: return Index(read_json(note), size)
+            try:
+                index = Index(read_json(note), size)
+                if index.crc32 is None: self.unchecked[note.name] = f"{note.name} has no checksums"
+                return index
             except Exception as error: self.unchecked[note.name] = f"{note.name}: {error!r}".replace(str(note), note.name)   # whatever may be in it: the tar says it, too
         return Index(note_of(path), size)
 

@@ -121,19 +121,19 @@ def plot_curves(
         raise ImportError("curves need matplotlib: pip install 'versvideo[notebooks]'") from error
     values = [item for row in rows for item in row.items()]
     numbers = dict.fromkeys(key for key, value in values if isinstance(value, (int, float)))
-    y = y or [k for k in numbers if k != x]
+    y = y or [k for k in numbers if k not in (x, by)]
     unknown = [k for k in [x, *y] if k not in numbers] + [by] * any(by and by not in row for row in rows)
     if not rows or unknown:
         raise ValueError(f"{', '.join(unknown) or 'rows'} cannot be drawn: the rows hold "
                          f"{', '.join(numbers) or 'no numbers'}")
     figure = Figure(figsize=(4 * len(y), 2.6), dpi=80, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(y), squeeze=False)[0], y, strict=True):
-        lines = {}
-        for row in rows:
-            if row.get(x) is not None and row.get(name) is not None: lines.setdefault(row.get(by), {}).setdefault(row[x], []).append(row[name])
-        for value, line in lines.items(): axes.plot(line.keys(), [np.mean(found) for found in line.values()], label=value)
-        axes.set(xlabel=x, title=name)
+        kept, lines = [row for row in rows if row.get(x) is not None and row.get(name) is not None], {}
+        for row in kept if by else (): lines.setdefault(row[by], {}).setdefault(row[x], []).append(row[name])
+        for value, line in lines.items(): axes.plot(sorted(line), [np.mean(line[place]) for place in sorted(line)], label=value)
         if by: axes.legend(fontsize="small")
+        else: axes.plot([row[x] for row in kept], [row[name] for row in kept])
+        axes.set(xlabel=x, title=name)
         axes.grid(alpha=0.3)
     data = io.BytesIO()
     figure.savefig(data, format="png")

@@ -95,11 +95,16 @@ def _read_pictures(path: Path) -> tuple:
     "All frames `t h w 3`, and the second at which each begins, and the last one ends."
     try:
         with Image.open(path) as file:
-            read = [(_seek(file, i), file.info.get("duration", 100) / 1000) for i in range(getattr(file, "n_frames", 1))]
+            read = [(_seek(file, i), _lasting(file.info.get("duration", 0))) for i in range(getattr(file, "n_frames", 1))]
             frames, lasting = zip(*read, strict=True)
             return np.stack(frames), np.cumsum([0, *lasting])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: it is damaged or something else") from error
+
+
+def _lasting(milliseconds: float) -> float:
+    "Seconds of a frame; what says nothing, or next to nothing, is shown for a tenth, as browsers do."
+    return milliseconds / 1000 if milliseconds > 10 else 0.1
 
 
 def _seek(file: Image.Image, index: int) -> np.ndarray:
@@ -127,9 +132,10 @@ def read_video(
 ) -> torch.Tensor:              # uint8 `c t h w`
     "Read a video; FileNotFoundError, ValueError for a damaged file. The frames lie in memory as they were decoded, channels last."
     path = Path(path)
+    if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)): raise ValueError(f"{frames=}, {stride=}: give whole numbers from 1 on, or None")
+    if fps is not None and not 0 < fps < float("inf"): raise ValueError(f"{fps=}: give frames a second, above 0")
     if fps is not None and (stride is not None or not fps > 0):
         raise ValueError(f"{fps=}, {stride=}: give frames a second, above 0, or a stride, not both")
-    if stride is not None and stride < 1: raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
     if path.is_dir(): raise FileNotFoundError(f"{path} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
@@ -160,7 +166,7 @@ def _index(path: Path, decode: bool = False) -> _Index:
     "Read the times of all frames, without decoding them where the file says them."
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
-        if decode:
+        if decode or file.format.name in ("avi", "mpeg"):   # whose packets do not say it, or not rightly
             times = [frame.time for frame in file.decode(stream)]
             if file.format.name == "avi": times = [i / stream.average_rate for i in range(len(times))]   # AVI has a rate and no times
             return _Index(np.array(times, float), {}, [0])
