@@ -201,7 +201,7 @@ def curves_of(variants: list, seeds: int, folder: str | Path) -> list:
             rows += [dict(variant=name, seed=seed) | {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return rows
 
-
+# %% ../nbs/14_ablation.ipynb #14a-21p
 def over_seeds(
     values,        # One a seed
     against=None,  # Of the same seeds: their differences

@@ -288,7 +288,7 @@ def collect(
     if missing: raise RuntimeError(f"{len(missing)} of {len(ranges)} parts are missing in {folder}: run it again, what is there is kept")
     return folder
 
-
+# %% ../nbs/13_scores.ipynb #13s-31p
 def parts_of(
     folder: str | Path,  # Of `collect`
     key: str,            # Extractor and what of it: "shapes features", "clip frames"

@@ -108,7 +108,7 @@ def drop_idle_gradients(accelerator, parameters):
     for p, size in zip(found, accelerator.reduce(sizes, "sum").tolist(), strict=True):
         if size == 0: p.grad = None
 
-
+# %% ../nbs/14_trainers.ipynb #14-06p
 class Log:
     "What a run has been through: its curve, a row now and then, each the mean of what was added since the last; batches seen, steps left out."
     def __init__(self, rows=(), pending=None, seconds=0., turns=0, bad=(), usual=(0, 0.), best=None):
