@@ -241,10 +241,10 @@ def over_share(
     rank: int,   # Of this process
     world: int,  # Number of processes
 ) -> dict:
-    "What is measured on this process's share of the held-out samples, as large as that of any other, averaged."
-    share = [(rank + i * world) % n for i in range(-(-n // world))]
-    parts = [(some, measure(some)) for some in (share[i:i + batch] for i in range(0, len(share), batch))]
-    return {name: sum(len(some) * found[name] for some, found in parts) / len(share) for name in parts[0][1]}
+    "This process's part of what is measured on the held-out samples: the mean of all parts is the mean over the samples, each once."
+    share = range(rank, n, world)
+    parts = [(some, measure(some or [0])) for some in (list(share[i:i + batch]) for i in range(0, -(-n // world), batch))]   # as often on each process, for FSDP; without a sample left it weighs nothing
+    return {name: sum(len(some) * found[name] for some, found in parts if some) * world / n for name in parts[0][1]}
 
 
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
