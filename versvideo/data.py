@@ -6,8 +6,8 @@
 __all__ = ['SENTENCES', 'SHEETS', 'PICTURES', 'MEDIA', 'LEADS_OUT', 'COLUMNS', 'clean_caption', 'Entry', 'need_folder',
            'read_sheet', 'read_msrvtt', 'class_words', 'read_ucf101', 'media_of', 'several', 'csv_rows', 'find_in',
            'read_table', 'told', 'read_beside', 'leads_out', 'tar_members', 'members_at', 'read_member',
-           'read_image_shards', 'read_image', 'need_pyarrow', 'write_manifest', 'read_manifest', 'read_set',
-           'fit_frames', 'read_entry', 'long_enough']
+           'read_image_shards', 'bytes_in_tar', 'read_image', 'need_pyarrow', 'write_manifest', 'read_manifest',
+           'read_set', 'fit_frames', 'read_entry', 'long_enough']
 
 # %% ../nbs/11_data.ipynb #11d-03
 import ast
@@ -160,7 +160,7 @@ class Entry:
     fps: float = 0.
     height: int = 0
     width: int = 0
-    sha256: str = ""      # Of the file
+    sha256: str = ""      # Of the file, or of what the tar holds of it
 
     def __post_init__(self):
         for name in ("frames", "fps", "height", "width"):
@@ -397,14 +397,23 @@ def read_image_shards(
     return found
 
 
+def bytes_in_tar(
+    path: str | Path,
+) -> bytes | None:  # None for a path that leads into no tar
+    "All of a file within a tar; FileNotFoundError, ValueError for a tar that cannot be read."
+    tar = next((place for place in Path(path).parents if place.suffix == ".tar" and place.is_file()), None)
+    if tar is None: return None
+    data = read_member(tar, members_at(tar, tar.stat().st_mtime_ns), Path(path).relative_to(tar).as_posix(), -1)
+    if data is None: raise FileNotFoundError(f"{path} does not exist: {tar.name} has no such member")
+    return data
+
+
 def read_image(
     path: str | Path,  # Of a file, or within a tar
 ) -> torch.Tensor:     # uint8 `3 h w`
     "A picture, turned as it is shown; FileNotFoundError, ValueError for what is none."
-    tar = next((place for place in Path(path).parents if place.suffix == ".tar" and place.is_file()), None)
-    if tar is None: return read_picture(path)
-    data = read_member(tar, members_at(tar, tar.stat().st_mtime_ns), Path(path).relative_to(tar).as_posix(), -1)
-    if data is None: raise FileNotFoundError(f"{path} does not exist: {tar.name} has no such member")
+    data = bytes_in_tar(path)
+    if data is None: return read_picture(path)
     try:
         with Image.open(BytesIO(data)) as file: return picture_tensor(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{path} cannot be read as a picture ({error}): fetch or make its tar anew") from error

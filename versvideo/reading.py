@@ -7,6 +7,7 @@ __all__ = ['SHARED', 'FREE', 'KEPT', 'BREAKS', 'Placed', 'Slot', 'place', 'prepa
            'Workers', 'misbehave', 'Wanted', 'read_wanted', 'facts_of', 'with_facts', 'broken']
 
 # %% ../nbs/11_reading.ipynb #11r-03
+import hashlib
 import io
 import math
 import os
@@ -29,8 +30,8 @@ import av
 import numpy as np
 
 from .core import sha256_of
-from .data import PICTURES, fit_frames, read_image
-from .video import read_picture, read_video
+from .data import PICTURES, bytes_in_tar, fit_frames, read_image
+from .video import read_video
 
 # %% ../nbs/11_reading.ipynb #11r-06
 SHARED = "/dev/shm"   # Files in here lie in memory
@@ -237,10 +238,12 @@ def read_wanted(wanted: Wanted) -> np.ndarray:
 
 
 def facts_of(path: str) -> dict:
-    "Frames, rate, size and checksum of a video or picture; every frame is decoded, so what has them can be read to its end."
-    clip = read_picture(path)[:, None] if Path(path).suffix.lower() in PICTURES else read_video(path)
-    with av.open(path) as file: fps = float(file.streams.video[0].average_rate or 0) if clip.shape[1] > 1 else 0.
-    return dict(frames=clip.shape[1], fps=fps, height=clip.shape[2], width=clip.shape[3], sha256=sha256_of(Path(path)))
+    "Frames, rate, size and checksum of a video or picture, of a picture within a tar, too; every frame is decoded, so what has them can be read to its end."
+    clip, fps = read_image(path)[:, None] if Path(path).suffix.lower() in PICTURES else read_video(path), 0.
+    if clip.shape[1] > 1:
+        with av.open(path) as file: fps = float(file.streams.video[0].average_rate or 0)
+    data = bytes_in_tar(path)
+    return dict(frames=clip.shape[1], fps=fps, height=clip.shape[2], width=clip.shape[3], sha256=sha256_of(path) if data is None else hashlib.sha256(data).hexdigest())
 
 
 def with_facts(
