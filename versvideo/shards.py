@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['narrow', 'checksum', 'Index', 'note_of', 'write_shards', 'Shards', 'Order', 'shard_order', 'sample_order',
-           'tensor_sample', 'is_image_turn', 'images_before', 'LatentBatches', 'sample_tensors']
+           'tensor_sample', 'is_image_turn', 'images_before', 'LatentBatches', 'shapes_of', 'sample_tensors']
 
 # %% ../nbs/11_shards.ipynb #11s-03
 import hashlib
@@ -70,10 +70,10 @@ class Index:
         return found
 
     def sample(self, file, k: int) -> dict:
-        "The same, and its key as `__key__`; ValueError where it is not what was written."
+        "The same, its key as `__key__` and its tar as `__url__`; ValueError where it is not what was written."
         found, key = self.parts(file, k), self.keys[k].decode(errors="surrogateescape")
         if self.crc32 is not None and checksum(found) != self.crc32[k]: raise ValueError(f"sample {key} of {file.name} is damaged, its checksum is not that of what was written: fetch or make that shard anew")
-        return found | {"__key__": key}
+        return found | {"__key__": key, "__url__": str(file.name)}
 
 
 def note_of(path: Path) -> dict:
@@ -165,7 +165,7 @@ class Shards:
     def __len__(self): return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> dict:
-        "Bytes of sample i by ending, and its key as `__key__`; ValueError for a shard that changed since it was written."
+        "Bytes of sample i by ending, its key as `__key__` and its tar as `__url__`; ValueError for a shard that changed since it was written."
         if not 0 <= i < len(self): raise IndexError(f"sample {i} of {len(self)}")
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         with open(self.paths[shard], "rb") as file: return self.indices[shard].sample(file, i - int(self.starts[shard]))
@@ -250,6 +250,15 @@ class LatentBatches:
         sizes = tuple(self.shards.sizes.tolist())
         self.digest = hashlib.sha256(json.dumps([sizes, self.about]).encode()).hexdigest()   # The order of all batches hangs on these
         self.clips, self.images = Order(sizes, 2 * seed), Order(sizes, 2 * seed + 1)
+        self.shapes = self.usual_shapes()
+
+    def usual_shapes(self, samples: int = 9) -> tuple | None:
+        "As of `shapes_of`, those of most of some samples, spread over the folder; None where none of these can be read."
+        found = []
+        for k in range(0, len(self.shards), math.ceil(len(self.shards) / samples)):
+            try: found.append(shapes_of(sample_tensors(self.shards[k])))
+            except (ValueError, OSError): continue   # named when its turn comes
+        return max(found, key=found.count, default=None)
 
     def numbers(self, turn: int, image: bool) -> list:
         "Samples of a batch."
@@ -266,7 +275,7 @@ class LatentBatches:
         "What a sample holds; of a bad one, what another holds. RuntimeError where too large a share is bad."
         for k in self.candidates(i):
             self.read += 1
-            try: return sample_tensors(self.shards[k])
+            try: return sample_tensors(self.shards[k], self.shapes)
             except (ValueError, OSError) as error:
                 if k not in self.bad: warnings.warn(f"another sample takes the place of number {k}: {error}", stacklevel=2)
                 self.bad[k] = str(error)
@@ -282,11 +291,21 @@ class LatentBatches:
         return dict(latents=torch.stack(latents).float(), text=text.float())
 
 
+def shapes_of(
+    tensors: dict,  # Of `sample_tensors`
+) -> tuple:
+    "Of the latents, and of one embedding: what the samples of a batch have in common."
+    return tuple(tensors["latents"].shape), tuple(tensors["text"].shape[1:])
+
+
 def sample_tensors(
     sample: dict,  # Of `Shards`
+    shapes: tuple | None = None,  # As of `shapes_of`, what it must have; None: any
 ) -> dict:         # Name to tensor
     "What `tensor_sample` put in; ValueError naming a sample that holds something else."
+    name = f"sample {sample['__key__']} of {sample['__url__']}"
     try: found = load(sample["safetensors"])
-    except (KeyError, SafetensorError) as error: raise ValueError(f"sample {sample['__key__']} holds no tensors ({error!r}): shards of latents are made by tensor_sample") from error
-    if not all(name in found and found[name].numel() for name in ("latents", "text")): raise ValueError(f"sample {sample['__key__']} lacks latents, or text, or captions in it: it has {', '.join(f'{k} {tuple(v.shape)}' for k, v in found.items()) or 'nothing'}")
+    except (KeyError, SafetensorError) as error: raise ValueError(f"{name} holds no tensors ({error!r}): shards of latents are made by tensor_sample") from error
+    if not all(name in found and found[name].numel() for name in ("latents", "text")): raise ValueError(f"{name} lacks latents, or text, or captions in it: it has {', '.join(f'{k} {tuple(v.shape)}' for k, v in found.items()) or 'nothing'}")
+    if shapes and shapes_of(found) != shapes: raise ValueError(f"{name} has latents of shape {shapes_of(found)[0]} and embeddings of {shapes_of(found)[1]}, most others have {shapes[0]} and {shapes[1]}: make that shard anew")
     return found
