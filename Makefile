@@ -101,10 +101,13 @@ results: $(INSTALLED)
 	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s1.ipynb \
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights seed=1 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s1
+	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s2.ipynb \
+	    size=XS stage=captions model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
+	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
 	$(BIN)/python tests/check.py ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
-	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s1/weights
+	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s2/weights
 	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
