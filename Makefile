@@ -102,7 +102,7 @@ results: $(INSTALLED)
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights seed=1 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s1
 	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s2.ipynb \
-	    size=XS stage=captions model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
+	    size=XS stage=captions unsaid=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
 	$(BIN)/python tests/check.py ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \

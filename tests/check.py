@@ -117,6 +117,8 @@ def runs() -> None:
     notebooks = [(path,) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))]
     notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip", *more)
                   for more in ((), ("without=tcm+refinement",))]
+    notebooks += [(REPO / "nbs/23_train_style.ipynb", "model=XS", "stage=captions",
+                   "adapter=versvideo/weights/XS")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         own = MovingShapes.full("test", 0, frames=40, size=(90, 120)).batch([0]).clips[0]
         write_video(own / 127.5 - 1, Path(folder) / "own.mp4", fps=30)
