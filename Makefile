@@ -129,6 +129,7 @@ results: $(INSTALLED)
 	    widths=XS latent=16x8x8 rounds=15 long=128 lengths=24,64,128 out=results/62_decoder_cost-XS
 	$(RUN) nbs/61_scale.ipynb results/61_scale-XS.ipynb size=XS steps=6 out=results/61_scale-XS
 	$(RUN) nbs/63_loading.ipynb results/63_loading-XS.ipynb size=XS n=64 height=256 width=256 rounds=5 out=results/63_loading-XS
+	$(RUN) nbs/63_loading.ipynb results/63_loading-XS-one.ipynb size=XS n=64 height=256 width=256 rounds=5 workers=1 out=results/63_loading-XS-one
 	$(RUN) nbs/64_broken.ipynb results/64_broken.ipynb n=10000 out=results/64_broken
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/*-XS-s?/checkpoints results/*/cache results/*/trainings

@@ -134,8 +134,8 @@ def read_video(
     path = Path(path)
     if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)): raise ValueError(f"{frames=}, {stride=}: give whole numbers from 1 on, or None")
     if fps is not None and not 0 < fps < float("inf"): raise ValueError(f"{fps=}: give frames a second, above 0")
-    if fps is not None and (stride is not None or not fps > 0):
-        raise ValueError(f"{fps=}, {stride=}: give frames a second, above 0, or a stride, not both")
+    if fps is not None and stride is not None:
+        raise ValueError(f"{fps=}, {stride=}: give frames a second or a stride, not both")
     if path.is_dir(): raise FileNotFoundError(f"{path} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
