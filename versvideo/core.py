@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['repo_path', 'pick', 'writable_folder', 'atomic_path', 'write_json', 'read_json', 'write_csv', 'best_device',
-           'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'sha256_of', 'progress']
+           'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'sha256_of', 'progress', 'made_ahead']
 
 # %% ../nbs/00_core.ipynb #00-02
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -14,20 +15,23 @@ import difflib
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import __version__
@@ -288,3 +292,47 @@ def progress(
     if sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ:
         return tqdm(iterable, desc=desc, total=total)
     return _lines(iterable, desc, total, every)
+
+# %% ../nbs/00_core.ipynb #00-37b
+@dataclasses.dataclass
+class _Makers:
+    "What a `DataLoader` asks for its items."
+    make: Callable
+    items: Sequence
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.make(self.items[i])
+
+
+def _deaf(worker: int) -> None:
+    "A signal is for the process that is served, which saves and then ends this one."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def made_ahead(
+    make: Callable,    # `(item) -> anything`; with workers it must not need a GPU
+    items: Sequence,
+    workers: int = 0,  # Processes that make items before they are asked for; 0: here, when they are
+) -> Iterator:         # `make(item)` of each item, in their order
+    "Items made by other processes while this one is busy; an error of theirs is raised here."
+    if workers < 0 or workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(f"{workers=}: give a number of processes from 0 on; "
+                         "on a system that cannot copy a process (Windows), give 0")
+    if not workers:
+        yield from map(make, items)
+        return
+    made = iter(DataLoader(
+        _Makers(make, items), batch_size=None, collate_fn=lambda item: item, num_workers=workers,
+        worker_init_fn=_deaf, multiprocessing_context="fork",
+        generator=torch.Generator()))  # its own, so that the caller's random numbers stay as they are
+    end = made._shutdown_workers  # in time, whoever still holds this iterator
+    atexit.register(end)
+    try:
+        yield from made
+    finally:
+        atexit.unregister(end)
+        end()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import atomic_path, progress, tensors_digest
+from .core import atomic_path, made_ahead, progress, tensors_digest
 from .saved import change_config
 from .unet import SIZES
 
@@ -106,14 +106,15 @@ def cached_latents(
     world,              # `world.batch(indices).clips` gives `b c t h w`
     clips: int,         # Clips 0 to this are encoded
     batch: int = 32,    # Clips rendered at once
+    workers: int = 0,   # Processes that render ahead; 0: this one renders
 ) -> torch.Tensor:      # `b 4 t h/8 w/8`, float16
     "The scaled latents of a world's first clips."
     source = latents_source(vae, world, clips)
     if path.exists():
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("source") == source: return file.get_tensor("latents")
-    parts = [encode_clips(vae, world.batch(range(i, min(i + batch, clips))).clips).half().cpu()
-             for i in progress(range(0, clips, batch), "encode")]
+    rendered = made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)
+    parts = [encode_clips(vae, part).half().cpu() for part in progress(rendered, "encode", -(-clips // batch))]
     latents = torch.cat(parts).contiguous()
     with atomic_path(path) as temp: save_file({"latents": latents}, temp, {"source": source})
     return latents

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'FitConfig', 'touch', 'Objective', 'drop_idle_gradients', 'Log', 'turn_seed', 'parameter_groups', 'sharding',
-           'prepare', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'over_share', 'validated', 'tell',
-           'say_bad', 'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler', 'draw_timesteps',
-           'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae', 'load_decoder',
-           'load_frozen', 'load_trained']
+           'prepare', 'batches_from', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'over_share',
+           'validated', 'tell', 'say_bad', 'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler',
+           'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae',
+           'load_decoder', 'load_frozen', 'load_trained']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import copy
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from .checkpoints import Parts, load_checkpoint, save_checkpoint, whole
-from .core import progress, provenance, repo_path, writable_folder, write_csv, write_json
+from .core import made_ahead, progress, provenance, repo_path, writable_folder, write_csv, write_json
 from .pipeline import WEIGHTS, VersVideoPipeline, load_pipeline
 from .saved import quiet_bars
 from .shards import is_image_turn
@@ -66,6 +66,7 @@ class FitConfig:
     keep: int = 2                 # Newest checkpoints that stay
     explode: float = 1000.        # A loss of more than so many times the usual one, once 20 are known, is no step
     skips: int = 10               # Steps left out for their loss or gradient before the run stops
+    workers: int = 0              # Processes that make batches ahead; 0: this one makes each when it is needed
     track: str = ""               # Trackers of accelerate, by comma: tensorboard, wandb; empty: none
 
     def __post_init__(self):
@@ -73,7 +74,7 @@ class FitConfig:
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
 
 
-FREE = ("log_every", "save_every", "keep", "skips", "compile", "track", "accumulate")   # What may change when a run goes on: with fewer processes, each may take more batches
+FREE = ("log_every", "save_every", "keep", "skips", "compile", "workers", "track", "accumulate")   # What may change when a run goes on: with fewer processes, each may take more batches
 
 
 def touch(x: torch.Tensor, modules: list) -> torch.Tensor:
@@ -193,13 +194,23 @@ def prepare(cfg, model, loss_fn, pretrained, folder):
     return accelerator, objective, optimizer, schedule, ema
 
 
-def run_batches(accelerator, objective, cfg, batch_fn, step, log) -> list:
+def batches_from(start, log, accelerator, cfg, batch_fn):
+    "This process's batches from a step on, `(turn, batch)`, each a function of its number alone, whoever makes it."
+    def make(number):
+        step, turn = number
+        set_seed(turn_seed(cfg.seed, turn))
+        return turn, batch_fn(step, turn)
+    n = cfg.accumulate
+    return made_ahead(make, [(start + i // n, log.turns + i * accelerator.num_processes + accelerator.process_index) for i in range((cfg.steps - start) * n)], cfg.workers)
+
+
+def run_batches(accelerator, objective, cfg, batches, log) -> list:
     "Forward and backward of this process's batches of a step; what the loss gave for each."
     found = []
     for k in range(cfg.accumulate):
-        turn = log.turns + accelerator.process_index
-        set_seed(turn_seed(cfg.seed, turn))
-        batch = {name: value.to(accelerator.device) for name, value in batch_fn(step, turn).items()}
+        turn, batch = next(batches)
+        if cfg.workers: set_seed(turn_seed(cfg.seed, turn))   # for the noise, as where the batch was made
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with nullcontext() if k + 1 == cfg.accumulate else accelerator.no_sync(objective):   # gradients meet once
             with accelerator.autocast(): losses = objective(batch)
             accelerator.backward(losses["loss"] / cfg.accumulate)
@@ -286,7 +297,7 @@ def fit(
     cfg: FitConfig,
     model: nn.Module,   # Left holding the trained weights (their moving average if there is one), in evaluation mode
     loss_fn,            # `(model, batch) -> dict` of scalars with a "loss"
-    batch_fn,           # `(step, turn) -> dict` of tensors: batch number `turn` of the run, whatever process asks; must depend on nothing else
+    batch_fn,           # `(step, turn) -> dict` of tensors: batch number `turn` of the run, whatever process asks; must depend on nothing else, and draw from a generator of its own
     folder: Path | None = None,  # Checkpoints; an interrupted run in the same folder goes on from there
     after_step=None,    # `(model) -> None`, after each optimiser step
     pretrained=(),      # Names of parameters that learn at `cfg.pretrained_share` of the rate
@@ -308,10 +319,10 @@ def fit(
         if accelerator.scaler: accelerator.scaler.load_state_dict(notes["state"]["scaler"])
         if not accelerator.is_main_process: log.pending = {}
     objective.train()
-    with sigterm() as asked, naming_lost_processes(accelerator.num_processes):
+    with sigterm() as asked, naming_lost_processes(accelerator.num_processes), closing(batches_from(start, log, accelerator, cfg, batch_fn)) as batches:
         for step in progress(range(start, cfg.steps), "train"):
             first = log.turns
-            found = run_batches(accelerator, objective, cfg, batch_fn, step, log)
+            found = run_batches(accelerator, objective, cfg, batches, log)
             drop_idle_gradients(accelerator, objective.parameters())
             norm = whole(accelerator.clip_grad_norm_(objective.parameters(), cfg.grad_clip))
             mean = torch.stack([f["loss"] for f in found]).mean().float()
