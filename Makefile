@@ -5,6 +5,7 @@
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
 #                                or one run of results/; says which numbers drifted
+# make results-gpu               the rounds and measurements that were made on one (an H200), from there on
 # make readme                    the tables of the README from the records of results/
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
 
@@ -23,7 +24,7 @@ export GIVEN_CONDITIONS := $(call given,CONDITIONS)
 export GIVEN_STYLE := $(call given,STYLE)
 export GIVEN_DEPTH_MODEL := $(call given,DEPTH_MODEL)
 
-.PHONY: help quickstart edit test lab results readme install clean
+.PHONY: help quickstart edit test lab results results-gpu readme install clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -114,7 +115,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS-s1.ipynb \
 	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
 	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 guidance=2 out=results/43_follow-XS
-	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 out=results/44_style-XS
+	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
 	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb results/$$i-XS.ipynb \
@@ -135,6 +136,24 @@ results: $(INSTALLED)
 	rm -rf results/*-XS-s?/checkpoints results/*/cache results/*/trainings
 	$(BIN)/python tests/check.py drift
 endif
+
+# After make results: longer rounds of the ControlNet and the style adapter on a GPU, from the embedded
+# model, which takes them over; then what they are worth, and what larger sizes take.
+XS := versvideo/weights/XS
+results-gpu: $(INSTALLED)
+	$(RUN) nbs/22_train_controlnet.ipynb results/h200/22_train_controlnet-styles2-XS-s2.ipynb \
+	    size=XS controlnet=$(XS) steps=1300 batch=32 workers=11 seed=2 out=results/h200/22_train_controlnet-styles2-XS-s2
+	$(RUN) nbs/23_train_style.ipynb results/h200/23_train_style-styles2-XS-s3.ipynb \
+	    size=XS stage=captions even=True unsaid=0.3 adapter=$(XS) steps=1500 batch=64 workers=12 seed=3 \
+	    out=results/h200/23_train_style-styles2-XS-s3
+	$(BIN)/python tests/check.py ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
+	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights
+	$(RUN) nbs/43_follow.ipynb results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
+	$(RUN) nbs/44_style.ipynb results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
+	$(RUN) nbs/61_gpu.ipynb results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" steps=25 rounds=3 out=results/h200/61_gpu-H
+	$(BIN)/nbdev_clean --fname results
+	rm -rf results/h200/*-XS-s?/checkpoints results/h200/*/cache
+	$(BIN)/python tests/check.py drift
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache

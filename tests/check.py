@@ -117,8 +117,8 @@ def runs() -> None:
     notebooks = [(path,) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))]
     notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip", *more)
                   for more in ((), ("without=tcm+refinement",))]
-    notebooks += [(REPO / "nbs/23_train_style.ipynb", "model=XS", "stage=captions",
-                   "adapter=versvideo/weights/XS")]
+    notebooks += [(REPO / "nbs/23_train_style.ipynb", "model=XS", "stage=captions", "even=True",
+                   "adapter=versvideo/weights/XS", "workers=1")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         own = MovingShapes.full("test", 0, frames=40, size=(90, 120)).batch([0]).clips[0]
         write_video(own / 127.5 - 1, Path(folder) / "own.mp4", fps=30)
@@ -182,7 +182,8 @@ def again(run: str) -> None:
     "Execute a run of results/ again, in out/again, with the parameters of its record; compare."
     record = REPO / f"results/{run}.ipynb"
     if not record.exists():
-        known = ", ".join(sorted(path.stem for path in record.parent.glob("*.ipynb")))
+        records = (REPO / "results").glob("**/*.ipynb")
+        known = ", ".join(sorted(str(p.relative_to(REPO / "results").with_suffix("")) for p in records))
         raise SystemExit(f"ONLY={run!r} is not a run of results/: choose one of {known}")
     given = [c for c in nbformat.read(record, 4).cells
              if "injected-parameters" in c.metadata.get("tags", [])]
@@ -193,7 +194,7 @@ def again(run: str) -> None:
     processes = read_json(record.with_suffix("") / "config.json").get("processes", 1)
     torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node", processes, "--no_python"]
     command = [*(torchrun if processes > 1 else []), sys.executable,
-               REPO / "tests/run_notebook.py", f"nbs/{run.partition('-')[0]}.ipynb",
+               REPO / "tests/run_notebook.py", f"nbs/{record.stem.partition('-')[0]}.ipynb",
                new.with_suffix(".ipynb"), *(f"{name}={value}" for name, value in values.items())]
     env = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
     if subprocess.run(list(map(str, command)), cwd=REPO, env=os.environ | env).returncode:
@@ -205,8 +206,9 @@ def again(run: str) -> None:
 def drift(*runs: str) -> None:
     "Compare the numbers of runs, all of results/ by default, with those that were last committed."
     found = {}
-    for path in sorted((REPO / "results").glob("*/metrics.json")):
-        name = path.parent.name
+    root = REPO / "results"
+    for path in sorted([*root.glob("*/metrics.json"), *root.glob("[a-z]*/*/metrics.json")]):
+        name = path.parent.relative_to(root).as_posix()
         if runs and name not in runs:
             continue
         shown = subprocess.run(["git", "show", f"HEAD:results/{name}/metrics.json"], cwd=REPO,

@@ -16,7 +16,12 @@ from versvideo.results import read_runs
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
-RESULTS = sorted((REPO / "results").glob("*.ipynb"))
+RESULTS = sorted([*(REPO / "results").glob("*.ipynb"), *(REPO / "results").glob("[a-z]*/*.ipynb")])
+
+
+def run_of(path: Path) -> str:
+    "A record's name, with the folder of its machine."
+    return path.relative_to(REPO / "results").with_suffix("").as_posix()
 
 
 def notebook_faults(path: Path) -> list[str]:
@@ -68,17 +73,17 @@ def test_run_notebook(path):
     assert notebook_faults(path) == []
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=run_of)
 def test_result(path):
     assert result_faults(path, REPO / "nbs") == []
 
 
-@pytest.mark.parametrize("path", [p for p in RESULTS if p.name[0] == "2"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in RESULTS if p.name[0] == "2"], ids=run_of)
 def test_records_of_a_training_run(path):
     assert record_faults(path) == []
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=run_of)
 def test_a_record_is_small(path):
     "A run, its executed notebook with it, is at most 500 KB; weights and checkpoints are not committed."
     left_out = {"weights", "checkpoints", "cache", "trainings"}
@@ -87,15 +92,15 @@ def test_a_record_is_small(path):
 
 
 def test_records_agree():
-    assert {run["run"] for run in read_runs(REPO / "results")} == {path.stem for path in RESULTS}
+    assert {run["run"] for run in read_runs(REPO / "results")} == set(map(run_of, RESULTS))
 
 
 def test_make_results_makes_every_record():
     text = (REPO / "Makefile").read_text()
-    made = set(re.findall(r"results/([\w-]+)\.ipynb", text))
+    made = set(re.findall(r"results/((?:h200/)?[\w-]+)\.ipynb", text))
     for names, run in re.findall(r"for i in ([^;]+);.*?results/\$\$i([\w-]*)\.ipynb", text):
         made |= {f"{name}{run}" for name in names.split()}
-    assert {path.stem for path in RESULTS} == made
+    assert set(map(run_of, RESULTS)) == made
 
 
 # The guards themselves, each on a notebook with the fault that it is there to catch.

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'TABLES', 'TABLE', 'NUMBER', 'RUN', 'TIMES', 'read_runs', 'table', 'judged', 'marks', 'decoders',
-           'decoder_parts', 'scored', 'ablated', 'costs', 'fill_tables', 'unfounded_numbers', 'assumptions', 'drifted']
+           'decoder_parts', 'scored', 'ablated', 'costs', 'on_gpu', 'fill_tables', 'unfounded_numbers', 'assumptions',
+           'drifted']
 
 # %% ../nbs/15_results.ipynb #15-02
 import csv
@@ -29,7 +30,8 @@ def read_runs(
 ) -> list[dict]:                     # One dict a finished run: `run`, its settings, its numbers
     "Records of all finished runs in order of their names; ValueError where two records disagree."
     runs = []
-    for path in sorted(repo_path(folder).glob("*/metrics.json")):
+    root = repo_path(folder)
+    for path in sorted([*root.glob("*/metrics.json"), *root.glob("[a-z]*/*/metrics.json")]):   # runs begin with a number, machines with a letter
         config = path.with_name("config.json")
         settings = _flat(read_json(config)) if config.exists() else {}
         numbers = _flat(read_json(path))
@@ -37,7 +39,7 @@ def read_runs(
         if both:
             raise ValueError(f"{path.parent} says two things about {', '.join(sorted(both))}: "
                              "config.json and metrics.json must agree")
-        runs.append({"run": path.parent.name, **settings, **numbers})
+        runs.append({"run": path.parent.relative_to(root).as_posix(), **settings, **numbers})
     return runs
 
 # %% ../nbs/15_results.ipynb #15-10
@@ -130,8 +132,18 @@ def costs(folder: Path, run: str) -> list:
     return rows
 
 
-TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "scored": scored, "ablated": ablated, "costs": costs}
-TABLE = re.compile(r"(<!-- table: (\w+) ([\w -]+?) -->\n)((?:\|.*\n)*)")
+def on_gpu(folder: Path, run: str) -> list:
+    "Time and memory of training steps and of a sample (61_gpu)."
+    found, steps = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")["steps"]
+    checkpointed = {False: "", True: ", gradient checkpointing"}
+    rows = [(f"a step of the UNet of {r['size']}, {r['batch']} clips{checkpointed[r['checkpointing']]}", r) for r in found["training"]]
+    rows += [(f"a step of stage 2 of {r['size']}, a clip of {r['clip']}, {r['conditions']} conditions and style, {r['learn_M']:.0f} M parameters learn, gradient checkpointing", r) for r in found["stage 2"]]
+    rows += [(f"{steps} sampling steps with guidance, {found['stage 2'][-1]['size']}, bf16, latents only", r) for r in found["sampling"]]
+    return [{"what": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"], "GB at most": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
+
+
+TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "scored": scored, "ablated": ablated, "costs": costs, "on_gpu": on_gpu}
+TABLE = re.compile(r"(<!-- table: (\w+) ([\w/ -]+?) -->\n)((?:\|.*\n)*)")
 
 
 def fill_tables(
@@ -147,7 +159,7 @@ def fill_tables(
 
 # %% ../nbs/15_results.ipynb #15-21
 NUMBER = re.compile(r"(?<![\w./×-])([-+]?\d+(?:\.\d+)?)( ?%| minutes\b)?(?![\w×])")
-RUN = re.compile(r"results/([\w-]+)")
+RUN = re.compile(r"results/((?:[a-z]\w*/)?[\w-]+)")
 
 
 def _values(record):

@@ -220,7 +220,7 @@ class Explorer:
         self.conditions = {name: slide(0.0, 2, name) for name in trained}
         self.models = {name: w.Text(placeholder="folder or hub id of its model", description=name, **text) for name in trained if name in ("depth", "hed")}
         self.picture = w.FileUpload(accept="image/*", description="style picture")
-        self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(8.0, 12, "its guidance")
+        self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(6.0, 12, "its guidance")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
         self.said, self.player = w.HTML(), w.Image(format="gif", layout=w.Layout(width="256px"))
         self.button.on_click(self.draw)
