@@ -648,6 +648,23 @@ def test_one_process_asked_to_stop_stops_all(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_makers_outlive_a_signal_and_change_nothing(tmp_path):
+    "A scheduler signals every process of a job; what makes batches ahead serves until all is saved."
+    def asked(step, turn):
+        if turn == 9:
+            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return double_batch(step, turn)
+
+    assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked, workers=1))) == [0, 0]
+    assert (tmp_path / "run/step-000003").is_dir()
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", double_batch))) == [0, 0]
+    assert ends(as_processes(2, partial(worker, tmp_path, "plain", "ddp", double_batch))) == [0, 0]
+    ours, theirs = (load_file(tmp_path / f"{name}-0.safetensors") for name in ("run", "plain"))
+    assert furthest(ours, theirs) < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_every_process_validates_its_share(tmp_path, kind):
     "With the averaged weights, and leaves the others as they are."
