@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from versvideo.conditions import extract_condition
 from versvideo.launch import run_cells
+from versvideo.pipeline import decode_latents
 from versvideo.shards import Shards, sample_tensors
 from versvideo.video import write_video
 
@@ -80,3 +82,29 @@ def test_videos_of_two_rates_become_clips_of_one(folder):
     assert (slow - swift).abs().mean() < 0.1 * (slow - slow.flip(1)).abs().mean()
     with pytest.raises(ValueError, match="not both"):
         prepare(folder, "fps=4", "stride=2")
+
+
+def test_a_controlnet_is_trained_on_what_was_prepared(folder):
+    "Its conditions are those of the decoded latents; depth needs a model, and the shards the same encoders."
+    for name in ("one", "two"):
+        add_video(folder, name, 8, 8)
+    prepare(folder)
+
+    def train(*arguments: str):
+        return run_cells(REPO / "nbs/22_train_controlnet.ipynb", [f"data={folder / 'out'}", "conditions=image,softedge", *arguments])
+
+    run = train(f"out={folder / 'control'}")
+    assert json.loads((folder / "control/config.json").read_text())["shards"] == run.shards.digest
+    batch = run.batches(0, 0)
+    clips = decode_latents(run.pipe.vae, batch["latents"])
+    assert not any(name.startswith("condition") for name in batch)
+    maps = run.make_conditions(clips, batch["given"].tolist(), {})
+    assert torch.equal(maps["softedge"], extract_condition("softedge", clips))
+    assert maps["image"][:, 3].mean() == len(batch["given"]) / clips.shape[2]
+    with pytest.raises(ValueError, match="name a depth_model, or leave depth out"):
+        train("conditions=image,depth")
+    made = folder / "out/made.json"
+    text = json.loads(made.read_text())
+    made.write_text(json.dumps(text | dict(about=text["about"] | dict(vae="another"))))
+    with pytest.raises(ValueError, match="was made with another vae than"):
+        train()

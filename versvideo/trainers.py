@@ -7,7 +7,7 @@ __all__ = ['FREE', 'FitConfig', 'touch', 'Objective', 'drop_idle_gradients', 'Lo
            'prepare', 'batches_from', 'run_batches', 'sigterm', 'naming_lost_processes', 'Preempted', 'over_share',
            'validated', 'tell', 'say_bad', 'fit', 'process_group', 'run_folder', 'write_run', 'training_scheduler',
            'draw_timesteps', 'denoising_loss', 'is_image_batch', 'draw_latents', 'base_of', 'load_image_vae',
-           'load_decoder', 'load_frozen', 'load_trained']
+           'load_decoder', 'load_frozen', 'load_trained', 'encoder_digests', 'open_shards', 'embed_batch']
 
 # %% ../nbs/14_trainers.ipynb #14-03
 import copy
@@ -38,10 +38,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from .checkpoints import Parts, load_checkpoint, save_checkpoint, whole
-from .core import made_ahead, progress, provenance, repo_path, writable_folder, write_csv, write_json
+from .core import made_ahead, progress, provenance, repo_path, tensors_digest, writable_folder, write_csv, write_json
 from .pipeline import WEIGHTS, VersVideoPipeline, load_pipeline
 from .saved import quiet_bars
-from .shards import is_image_turn
+from .shards import LatentBatches, is_image_turn
 from .unet import SIZES, VersVideoUNet
 from .vae import TCMVAE, load_vae
 
@@ -531,6 +531,44 @@ def load_trained(
         with quiet_bars(): tower = CLIPVisionModelWithProjection.from_pretrained(image_encoder or base_of(size) / "image_encoder", dtype=torch.float32, use_safetensors=True)
         pipe.register_modules(image_encoder=tower.eval())
     return pipe
+
+# %% ../nbs/14_trainers.ipynb #14-32c
+def encoder_digests(
+    vae: nn.Module,           # An AutoencoderKL, or a TCM-VAE with the same encoder
+    text_encoder: nn.Module,
+) -> dict:                    # Part to digest
+    "What latents and text embeddings depend on."
+    encoder = [p.half() for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))]
+    return dict(vae=tensors_digest(encoder, f"{vae.config.scaling_factor} {vae.config.shift_factor}"), text=tensors_digest(p.half() for p in text_encoder.state_dict().values()))
+
+
+def open_shards(
+    data: str,           # Folder that 26_prepare made, relative to the repository
+    shape: tuple,        # Frames, height and width of its clips
+    vae: nn.Module,
+    text_encoder: nn.Module,
+    batch_size: int,
+    seed: int,
+    fraction: float = 0.,  # Share of the batches that are images
+) -> LatentBatches:
+    "Batches of these shards; ValueError where they were made for another shape, or by other encoders."
+    shards = LatentBatches(repo_path(data), batch_size, seed, fraction)
+    asked = encoder_digests(vae, text_encoder) | dict(shape=list(shape))
+    other = [name for name, value in asked.items() if shards.about.get(name) != value]
+    if other: raise ValueError(f"{data=} was made with another {', '.join(other)} than is trained with here: shape={asked['shape']} is needed, and shards that were made with the same vae= and clip=")
+    print(f"{len(shards.shards)} samples in {len(shards.shards.paths)} shards")
+    return shards
+
+
+def embed_batch(
+    batch: dict,              # Token ids `b n` as "ids"; or embeddings `b n d` as "text", and as "silent" `b` which of them are left out
+    text_encoder: nn.Module,
+    no_text: torch.Tensor,    # Token ids `n` of the empty text
+) -> torch.Tensor:            # `b n d`
+    "The text of a batch, embedded."
+    if "ids" in batch: return text_encoder(batch["ids"]).last_hidden_state
+    nothing = text_encoder(no_text[None].to(batch["text"].device)).last_hidden_state
+    return torch.where(batch["silent"][:, None, None], nothing, batch["text"])
 
 # %% ../nbs/14_trainers.ipynb #14-34
 if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
