@@ -4,7 +4,8 @@
 # make test                      every check, under 20 minutes on 2 cores
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
-#                                or one run of results/; says which numbers drifted
+#                                or one run of results/; says which numbers drifted (43 and 44 were measured
+#                                before the rounds on a GPU, with the model that make results alone makes)
 # make results-gpu               the rounds and measurements that were made on one (an H200), from there on
 # make readme                    the tables of the README from the records of results/
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
@@ -137,14 +138,17 @@ results: $(INSTALLED)
 	$(BIN)/python tests/check.py drift
 endif
 
-# After make results: longer rounds of the ControlNet and the style adapter on a GPU, from the embedded
-# model, which takes them over; then what they are worth, and what larger sizes take.
+# After make results, whose trainings it goes on from: rounds of the ControlNet and the style adapter
+# over more clips on a GPU, which the embedded model takes over; then what they are worth, and what
+# larger sizes take. (Where the records name the embedded model as a start, it held just these.)
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
 	$(RUN) nbs/22_train_controlnet.ipynb results/h200/22_train_controlnet-styles2-XS-s2.ipynb \
-	    size=XS controlnet=$(XS) steps=1300 batch=32 workers=11 seed=2 out=results/h200/22_train_controlnet-styles2-XS-s2
+	    size=XS controlnet=results/22_train_controlnet-styles2-XS-s1/weights steps=1300 batch=32 workers=11 seed=2 \
+	    out=results/h200/22_train_controlnet-styles2-XS-s2
 	$(RUN) nbs/23_train_style.ipynb results/h200/23_train_style-styles2-XS-s3.ipynb \
-	    size=XS stage=captions even=True unsaid=0.3 adapter=$(XS) steps=1500 batch=64 workers=12 seed=3 \
+	    size=XS stage=captions even=True unsaid=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \
 	    out=results/h200/23_train_style-styles2-XS-s3
 	$(BIN)/python tests/check.py ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
 	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights

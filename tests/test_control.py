@@ -16,6 +16,7 @@ from versvideo.conditions import CONDITIONS, Condition, extract_condition, true_
 from versvideo.controlnet import StyleAdapter, VersVideoControlNet, join_tokens
 from versvideo.core import tensors_digest
 from versvideo.edit import edit_files
+from versvideo.launch import run_cells
 from versvideo.pipeline import load_pipeline
 from versvideo.saved import save_pipeline
 from versvideo.shapes import STYLES, MovingShapes
@@ -24,6 +25,7 @@ from versvideo.trainers import FitConfig, denoising_loss, fit, load_trained, tra
 from versvideo.unet import VersVideoUNet
 from versvideo.video import write_video
 
+REPO = Path(__file__).resolve().parents[1]
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,
             cross_attention_dim=6, experts=(2, 2), norm_groups=4)
 FEW = dict(num_inference_steps=1)
@@ -343,3 +345,9 @@ def test_a_file_without_video(pipe, tmp_path):
         file.mux(sound.encode())
     with pytest.raises(ValueError, match="not a video"):
         edit_files(pipe, path, "a red circle", tmp_path, (4, 32, 32), **FEW)
+
+
+def test_styles_whose_names_change_nothing_are_refused():
+    "They cannot be asked for in times of what a name changes; the UNet here was never trained."
+    with pytest.raises(ValueError, match="does not change where a caption names outline, gradient"):
+        run_cells(REPO / "nbs/23_train_style.ipynb", ["stage=captions", "even=True"])

@@ -22,7 +22,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -31,7 +33,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import __version__
@@ -294,45 +295,78 @@ def progress(
     return _lines(iterable, desc, total, every)
 
 # %% ../nbs/00_core.ipynb #00-37b
-@dataclasses.dataclass
-class _Makers:
-    "What a `DataLoader` asks for its items."
-    make: Callable
-    items: Sequence
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.make(self.items[i])
+def _end_with(parent: int) -> None:
+    "A copy of a process holds its connections open; it must not outlive it."
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
 
 
-def _deaf(worker: int) -> None:
-    "A signal is for the process that is served, which saves and then ends this one."
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _serve(make, items, connection, others, parent: int) -> None:
+    "Make items, two before the first is taken, then another for each that is; stay until killed."
+    for number in (signal.SIGTERM, signal.SIGINT):  # for the process that is served, which saves
+        signal.signal(number, signal.SIG_IGN)
+    for other in others:
+        other.close()
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    for n, item in enumerate(items):
+        if n >= 2:
+            connection.recv()
+        try:
+            found = True, make(item)
+        except Exception:
+            found = False, traceback.format_exc()
+        connection.send(found)
+    signal.pause()  # tensors that were sent lie in memory that this process shares
+
+
+def _made_by(workers: int, make: Callable, items: Sequence) -> Iterator:
+    context, processes, connections = multiprocessing.get_context("fork"), [], []
+
+    def end():
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+    atexit.register(end)
+    try:
+        for n in range(workers):
+            here, there = context.Pipe()
+            connections.append(here)
+            mine = [items[k] for k in range(n, len(items), workers)]
+            processes.append(context.Process(
+                target=_serve, args=(make, mine, there, list(connections), os.getpid()), daemon=True))
+            processes[-1].start()
+            there.close()
+        for k in range(len(items)):
+            try:
+                fine, found = connections[k % workers].recv()
+                connections[k % workers].send(None)
+            except (EOFError, OSError) as error:
+                raise RuntimeError("a process that makes items ahead is gone, most often because "
+                                   f"memory ran out: give fewer than {workers=}") from error
+            if not fine:
+                raise RuntimeError(f"item {k} could not be made by another process:\n{found}")
+            yield found
+    finally:
+        atexit.unregister(end)
+        end()
+        for connection in connections:
+            connection.close()
 
 
 def made_ahead(
     make: Callable,    # `(item) -> anything`; with workers it must not need a GPU
     items: Sequence,
     workers: int = 0,  # Processes that make items before they are asked for; 0: here, when they are
-) -> Iterator:         # `make(item)` of each item, in their order
-    "Items made by other processes while this one is busy; an error of theirs is raised here."
-    if workers < 0 or workers and "fork" not in multiprocessing.get_all_start_methods():
-        raise ValueError(f"{workers=}: give a number of processes from 0 on; "
-                         "on a system that cannot copy a process (Windows), give 0")
-    if not workers:
-        yield from map(make, items)
-        return
-    made = iter(DataLoader(
-        _Makers(make, items), batch_size=None, collate_fn=lambda item: item, num_workers=workers,
-        worker_init_fn=_deaf, multiprocessing_context="fork",
-        generator=torch.Generator()))  # its own, so that the caller's random numbers stay as they are
-    end = made._shutdown_workers  # in time, whoever still holds this iterator
-    atexit.register(end)
-    try:
-        yield from made
-    finally:
-        atexit.unregister(end)
-        end()
+) -> Iterator:         # `make(item)` of each item, in their order; `close()` ends the processes
+    "Items made by copies of this process while it is busy; RuntimeError with the traceback of one that fails there."
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"{workers=}: give a number of processes, from 0 on")
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(f"{workers=}: this system cannot copy a process, give 0")
+    if workers:
+        return _made_by(min(workers, len(items)), make, items)
+    return (make(item) for item in items)

@@ -7,6 +7,7 @@ __all__ = ['VAES', 'start_as_identity', 'build_vae', 'autoencoder_loss', 'encode
            'cached_latents']
 
 # %% ../nbs/06_latents.ipynb #06-03
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -113,8 +114,8 @@ def cached_latents(
     if path.exists():
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("source") == source: return file.get_tensor("latents")
-    rendered = made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)
-    parts = [encode_clips(vae, part).half().cpu() for part in progress(rendered, "encode", -(-clips // batch))]
+    with closing(made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)) as rendered:
+        parts = [encode_clips(vae, part).half().cpu() for part in progress(rendered, "encode", -(-clips // batch))]
     latents = torch.cat(parts).contiguous()
     with atomic_path(path) as temp: save_file({"latents": latents}, temp, {"source": source})
     return latents

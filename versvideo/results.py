@@ -134,11 +134,12 @@ def costs(folder: Path, run: str) -> list:
 
 def on_gpu(folder: Path, run: str) -> list:
     "Time and memory of training steps and of a sample (61_gpu)."
-    found, steps = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")["steps"]
+    found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
     checkpointed = {False: "", True: ", gradient checkpointing"}
     rows = [(f"a step of the UNet of {r['size']}, {r['batch']} clips{checkpointed[r['checkpointing']]}", r) for r in found["training"]]
-    rows += [(f"a step of stage 2 of {r['size']}, a clip of {r['clip']}, {r['conditions']} conditions and style, {r['learn_M']:.0f} M parameters learn, gradient checkpointing", r) for r in found["stage 2"]]
-    rows += [(f"{steps} sampling steps with guidance, {found['stage 2'][-1]['size']}, bf16, latents only", r) for r in found["sampling"]]
+    learns = lambda r: f", {r['conditions']} conditions and style, {r['learn_M']:.0f} M parameters learn" if "conditions" in r else ""
+    rows += [(f"a step of stage 2 of {r['size']}, a clip of {r['clip']}{learns(r)}, gradient checkpointing", r) for r in found["stage 2"]]
+    rows += [(f"{config['steps']} sampling steps with guidance, {config['sizes'].split()[-1]}, bf16, {r['form']}, latents only", r) for r in found["sampling"]]
     return [{"what": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"], "GB at most": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
 
 
@@ -159,7 +160,7 @@ def fill_tables(
 
 # %% ../nbs/15_results.ipynb #15-21
 NUMBER = re.compile(r"(?<![\w./×-])([-+]?\d+(?:\.\d+)?)( ?%| minutes\b)?(?![\w×])")
-RUN = re.compile(r"results/((?:[a-z]\w*/)?[\w-]+)")
+RUN = re.compile(r"results/((?:[a-z][\w-]*/)?\d[\w-]*)")
 
 
 def _values(record):
@@ -209,7 +210,7 @@ def assumptions(
     return found
 
 # %% ../nbs/15_results.ipynb #15-41
-TIMES = re.compile(r"seconds|time|_ms\b|_gib?\b|memory|provenance|per_s\b", re.I)
+TIMES = re.compile(r"seconds|time|_ms\b|_gib?\b|memory|provenance|per_s\b|a_second|utilisation", re.I)
 
 
 def drifted(

@@ -66,12 +66,13 @@ class FitConfig:
     keep: int = 2                 # Newest checkpoints that stay
     explode: float = 1000.        # A loss of more than so many times the usual one, once 20 are known, is no step
     skips: int = 10               # Steps left out for their loss or gradient before the run stops
-    workers: int = 0              # Processes that make batches ahead; 0: this one makes each when it is needed
+    workers: int = 0              # Other processes that make batches ahead for each process; 0: it makes each when it is needed
     track: str = ""               # Trackers of accelerate, by comma: tensorboard, wandb; empty: none
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "save_every", "accumulate", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        made_ahead(abs, [], self.workers)   # refuses what it cannot use
 
 
 FREE = ("log_every", "save_every", "keep", "skips", "compile", "workers", "track", "accumulate")   # What may change when a run goes on: with fewer processes, each may take more batches
