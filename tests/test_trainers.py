@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
 import types
 from functools import partial
@@ -26,6 +27,7 @@ from torch import nn
 from versvideo import checkpoints, trainers
 from versvideo import latents as latents_module
 from versvideo.checkpoints import Parts
+from versvideo.core import made_ahead
 from versvideo.latents import (
     autoencoder_loss,
     build_vae,
@@ -646,6 +648,21 @@ def test_one_process_asked_to_stop_stops_all(tmp_path):
     assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked))) == [0, 0]
     assert names(tmp_path / "run") == ["step-000003", "step-000005"]
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_makers_left_in_the_middle_end_with_the_process_they_serve(fails):
+    def leaves_them():
+        for _ in made_ahead(abs, range(9), workers=2):
+            unfinished.append(sys._getframe())   # as a traceback holds it
+            if fails:
+                raise ValueError
+            return
+
+    unfinished = []
+    process, = as_processes(1, leaves_them)
+    process.join(20)
+    assert ends([process]) == [int(fails)]
 
 
 def test_makers_outlive_a_signal_and_change_nothing(tmp_path):

@@ -7,7 +7,6 @@ __all__ = ['repo_path', 'pick', 'writable_folder', 'atomic_path', 'write_json', 
            'free_memory', 'require_memory', 'provenance', 'tensors_digest', 'sha256_of', 'progress', 'made_ahead']
 
 # %% ../nbs/00_core.ipynb #00-02
-import atexit
 import contextlib
 import csv
 import dataclasses
@@ -29,6 +28,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import psutil
@@ -302,6 +303,14 @@ def _end_with(parent: int) -> None:
     os._exit(0)
 
 
+def _made(make: Callable, item: object) -> bytes:
+    "Whether it could be made, and the item or why not, to be sent."
+    try:
+        return bytes(ForkingPickler.dumps((True, make(item))))
+    except (Exception, SystemExit):
+        return bytes(ForkingPickler.dumps((False, traceback.format_exc())))
+
+
 def _serve(make, items, connection, others, parent: int) -> None:
     "Make items, two before the first is taken, then another for each that is; stay until killed."
     for number in (signal.SIGTERM, signal.SIGINT):  # for the process that is served, which saves
@@ -310,15 +319,13 @@ def _serve(make, items, connection, others, parent: int) -> None:
         other.close()
     torch.set_num_threads(1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    for n, item in enumerate(items):
-        if n >= 2:
-            connection.recv()
-        try:
-            found = True, make(item)
-        except Exception:
-            found = False, traceback.format_exc()
-        connection.send(found)
-    signal.pause()  # tensors that were sent lie in memory that this process shares
+    with contextlib.suppress(EOFError, OSError):  # nobody is served any more
+        for n, item in enumerate(items):
+            if n >= 2:
+                connection.recv()
+            connection.send_bytes(_made(make, item))
+    while True:
+        signal.pause()  # tensors that were sent lie in memory that this process shares
 
 
 def _made_by(workers: int, make: Callable, items: Sequence) -> Iterator:
@@ -327,32 +334,31 @@ def _made_by(workers: int, make: Callable, items: Sequence) -> Iterator:
     def end():
         for process in processes:
             process.kill()
-        for process in processes:
             process.join()
 
-    atexit.register(end)
+    ended = Finalize(None, end, exitpriority=0)  # at the latest when this process ends, and never in a copy of it
     try:
         for n in range(workers):
             here, there = context.Pipe()
             connections.append(here)
             mine = [items[k] for k in range(n, len(items), workers)]
-            processes.append(context.Process(
-                target=_serve, args=(make, mine, there, list(connections), os.getpid()), daemon=True))
-            processes[-1].start()
-            there.close()
+            process = context.Process(
+                target=_serve, args=(make, mine, there, list(connections), os.getpid()), daemon=True)
+            with there:
+                process.start()
+            processes.append(process)
         for k in range(len(items)):
             try:
                 fine, found = connections[k % workers].recv()
                 connections[k % workers].send(None)
             except (EOFError, OSError) as error:
-                raise RuntimeError("a process that makes items ahead is gone, most often because "
-                                   f"memory ran out: give fewer than {workers=}") from error
+                raise RuntimeError(f"item {k} did not arrive ({error!r}); the process that makes it may "
+                                   f"have run out of memory: give fewer than {workers=}") from error
             if not fine:
                 raise RuntimeError(f"item {k} could not be made by another process:\n{found}")
             yield found
     finally:
-        atexit.unregister(end)
-        end()
+        ended()
         for connection in connections:
             connection.close()
 
@@ -362,7 +368,10 @@ def made_ahead(
     items: Sequence,
     workers: int = 0,  # Processes that make items before they are asked for; 0: here, when they are
 ) -> Iterator:         # `make(item)` of each item, in their order; `close()` ends the processes
-    "Items made by copies of this process while it is busy; RuntimeError with the traceback of one that fails there."
+    """Items made by copies of this process while it is busy; take them one by one, a tensor that is kept keeps a file open.
+
+    RuntimeError with the traceback of what fails there.
+    """
     if not isinstance(workers, int) or workers < 0:
         raise ValueError(f"{workers=}: give a number of processes, from 0 on")
     if workers and "fork" not in multiprocessing.get_all_start_methods():

@@ -553,10 +553,11 @@ def open_shards(
     fraction: float = 0.,  # Share of the batches that are images
 ) -> LatentBatches:
     "Batches of these shards; ValueError where they were made for another shape, or by other encoders."
+    if not (repo_path(data) / "made.json").is_file(): raise FileNotFoundError(f"{data} has no made.json: give a folder of shards that 26_prepare made")
     shards = LatentBatches(repo_path(data), batch_size, seed, fraction)
     asked = encoder_digests(vae, text_encoder) | dict(shape=list(shape))
     other = [name for name, value in asked.items() if shards.about.get(name) != value]
-    if other: raise ValueError(f"{data=} was made with another {', '.join(other)} than is trained with here: shape={asked['shape']} is needed, and shards that were made with the same vae= and clip=")
+    if other: raise ValueError(f"{data} was made with another {', '.join(other)} than is trained with here: make shards with 26_prepare for clips of {asked['shape']}, with the same vae= and clip=")
     print(f"{len(shards.shards)} samples in {len(shards.shards.paths)} shards")
     return shards
 
