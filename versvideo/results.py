@@ -110,7 +110,7 @@ def ablated(folder: Path, run: str) -> list:
     forms = dict(loss=".4f", FVD=".1f", IS=".2f", FC=".4f")
     return [{"variant": name, "parameters": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"} | {key: cell(row[key], form) for key, form in forms.items()} for name, row in found.items()]
 
-
+# %% ../nbs/15_results.ipynb #15-15b
 COSTS = {   # Label to the table and case of a record, and the case it is compared with
     "sampling step, L, 16×32×32 latents, experts merged": ("inference", "merged", "baseline"),
     "training step, S, 8 clips of 16×16×16 latents": ("training step", "both", "baseline"),
