@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from run_notebook import defaults
 
-from versvideo.core import read_json, tensors_digest
-from versvideo.features import ShapesNet
-from versvideo.pipeline import load_pipeline
-from versvideo.results import drifted, fill_tables
-from versvideo.saved import save_model, save_pipeline
-from versvideo.shapes import MovingShapes
-from versvideo.text import load_clip
-from versvideo.vae import load_vae
-from versvideo.video import write_video
+from versvideo.core.files import read_json, tensors_digest
+from versvideo.lab.results import drifted, fill_tables
+from versvideo.media.video import write_video
+from versvideo.metrics.features import ShapesNet
+from versvideo.models.saving import save_model, save_pipeline
+from versvideo.models.text import load_clip
+from versvideo.models.vae import load_vae
+from versvideo.pipelines.text_to_video import load_pipeline
+from versvideo.world.shapes import MovingShapes
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -144,7 +144,7 @@ def runs() -> None:
             print(f"{name}.ipynb by two processes", flush=True)
         launched = Path(folder) / "launched"
         call(BIN / "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1,
-             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "versvideo.trainers",
+             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "versvideo.trainers.loop",
              "nbs/22_train_controlnet.ipynb", f"out={launched}", cwd=REPO, OMP_NUM_THREADS="1")
         assert read_json(launched / "metrics.json")["seconds"] > 0
         print("22_train_controlnet.ipynb by accelerate launch", flush=True)

@@ -18,8 +18,8 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from versvideo.core import atomic_path
-from versvideo.launch import defaults, parse
+from versvideo.core.files import atomic_path
+from versvideo.lab.launch import defaults, parse
 
 REPO = Path(__file__).resolve().parents[1]
 

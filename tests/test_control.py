@@ -12,18 +12,18 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from versvideo.conditions import CONDITIONS, Condition, extract_condition, true_maps
-from versvideo.controlnet import StyleAdapter, VersVideoControlNet, join_tokens
-from versvideo.core import tensors_digest
-from versvideo.edit import edit_files
-from versvideo.launch import run_cells
-from versvideo.pipeline import load_pipeline
-from versvideo.saved import save_pipeline
-from versvideo.shapes import STYLES, MovingShapes
-from versvideo.styles import read_style
-from versvideo.trainers import FitConfig, denoising_loss, fit, load_trained, training_scheduler
-from versvideo.unet import VersVideoUNet
-from versvideo.video import write_video
+from versvideo.core.files import tensors_digest
+from versvideo.data.conditions import CONDITIONS, Condition, extract_condition, true_maps
+from versvideo.lab.launch import run_cells
+from versvideo.media.video import write_video
+from versvideo.models.controlnet import StyleAdapter, VersVideoControlNet, join_tokens
+from versvideo.models.saving import save_pipeline
+from versvideo.models.unet import VersVideoUNet
+from versvideo.pipelines.edit import edit_files
+from versvideo.pipelines.text_to_video import load_pipeline
+from versvideo.trainers.loop import FitConfig, denoising_loss, fit, load_trained, training_scheduler
+from versvideo.world.shapes import STYLES, MovingShapes
+from versvideo.world.styles import read_style
 
 REPO = Path(__file__).resolve().parents[1]
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from versvideo.results import fill_tables
+from versvideo.lab.results import fill_tables
 
 REPO = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (REPO / "versvideo").rglob("*.py") if p.name != "_modidx.py")
@@ -25,36 +25,36 @@ TOP_LEVEL = {
 
 # Imports go one way: a module may import from the lines above its own, never from its own or below.
 ORDER = [
-    {"core"},
-    {"video", "conditions"},
-    {"show"},
+    {"core.files"},
+    {"media.video", "data.conditions"},
+    {"media.show"},
     {"modules.mec", "modules.moe"},
-    {"saved", "text", "drawing"},
-    {"recogniser"},
-    {"shapes", "styles"},
-    {"data", "metrics"},
-    {"unet", "reading", "shards", "checkpoints", "launch"},
-    {"latents", "vae"},
-    {"weights", "plan"},
-    {"cost", "controlnet"},
-    {"pipeline"},
-    {"trainers", "edit", "features"},
-    {"scores"},
-    {"results", "ablation"},
+    {"models.saving", "models.text", "world.drawing"},
+    {"world.recogniser"},
+    {"world.shapes", "world.styles"},
+    {"data.datasets", "metrics.quality"},
+    {"models.unet", "data.reading", "data.shards", "trainers.checkpoints", "lab.launch"},
+    {"models.image_vae", "models.vae"},
+    {"models.pretrained", "lab.plan"},
+    {"lab.cost", "models.controlnet"},
+    {"pipelines.text_to_video"},
+    {"trainers.loop", "pipelines.edit", "metrics.features"},
+    {"metrics.evaluate"},
+    {"lab.results", "lab.ablation"},
 ]
 
 # Heavy or optional packages, and the only modules that may import them (inside functions).
 ONLY_IN = {
-    "controlnet_aux": {"conditions"},
-    "cv2": {"conditions"},
+    "controlnet_aux": {"data.conditions"},
+    "cv2": {"data.conditions"},
     "decord": set(),
-    "ipywidgets": {"show"},
-    "lpips": {"metrics", "vae"},
-    "pebble": {"reading"},
-    "pyarrow": {"data"},
-    "webdataset": {"shards"},
-    "IPython": {"show"},
-    "matplotlib": {"show"},
+    "ipywidgets": {"media.show"},
+    "lpips": {"metrics.quality", "models.vae"},
+    "pebble": {"data.reading"},
+    "pyarrow": {"data.datasets"},
+    "webdataset": {"data.shards"},
+    "IPython": {"media.show"},
+    "matplotlib": {"media.show"},
     "jupyter": set(),
     "papermill": set(),
     "nbdev": set(),
@@ -138,11 +138,11 @@ def test_import_order(path):
 
 
 def test_import_order_is_noticed():
-    source = "from versvideo.unet import a\nfrom . import core\nimport torch"
+    source = "from versvideo.models.unet import a\nfrom .core.files import b\nimport torch"
     names = [i for i, _ in imports(source)]
-    assert names == ["versvideo.unet", "versvideo.core", "torch"]
-    assert backward_imports("show", names, ORDER) == ["unet"]
-    assert imports("from ..show import x", "versvideo.modules") == [("versvideo.show", True)]
+    assert names == ["versvideo.models.unet", "versvideo.core.files", "torch"]
+    assert backward_imports("media.show", names, ORDER) == ["models.unet"]
+    assert imports("from ..media.show import x", "versvideo.modules") == [("versvideo.media.show", True)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -202,7 +202,7 @@ def test_readme_names_every_notebook():
     readme = re.sub(r"<!--.*?-->", "", (REPO / "README.md").read_text(), flags=re.S)
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)
     assert not [link for link in links if not (REPO / link).exists()]
-    notebooks = {f"nbs/{path.name}" for path in (REPO / "nbs").glob("*.ipynb")}
+    notebooks = {path.relative_to(REPO).as_posix() for path in (REPO / "nbs").rglob("*.ipynb")}
     assert notebooks <= set(links)
 
 
@@ -230,7 +230,7 @@ def test_file_sizes():
     weights = sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
     assert weights <= 25 * MEGABYTE
     for folder, limit in (("nbs", 100_000), ("results", 500_000)):
-        notebooks = [p for p in files if p.suffix == ".ipynb" and p.parent == REPO / folder]
+        notebooks = [p for p in files if p.suffix == ".ipynb" and p.is_relative_to(REPO / folder)]
         assert not [p.name for p in notebooks if p.stat().st_size > limit]
 
 

@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from versvideo import pipeline
-from versvideo.pipeline import (
+from versvideo.models.saving import save_pipeline
+from versvideo.models.text import ClipSize, build_clip, build_tokenizer, known_words, split_clip
+from versvideo.models.unet import SIZES, VersVideoUNet
+from versvideo.pipelines import text_to_video as pipeline
+from versvideo.pipelines.text_to_video import (
     SCHEDULERS,
     VersVideoPipeline,
     find_pipeline,
     get_scheduler,
     load_pipeline,
 )
-from versvideo.saved import save_pipeline
-from versvideo.text import ClipSize, build_clip, build_tokenizer, known_words, split_clip
-from versvideo.unet import SIZES, VersVideoUNet
 
 REPO = Path(__file__).resolve().parents[1]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -392,7 +392,7 @@ def test_offloading_knows_every_model(pipe):
 
 
 def test_too_large_a_model_is_refused_before_loading(saved, monkeypatch):
-    monkeypatch.setattr("versvideo.core.free_memory", lambda device: 1000)
+    monkeypatch.setattr("versvideo.core.files.free_memory", lambda device: 1000)
     monkeypatch.setattr(VersVideoPipeline, "from_pretrained", None)
     with pytest.raises(MemoryError, match="dtype=torch.float16 or a larger machine"):
         load_pipeline(saved, device="cpu")
@@ -403,7 +403,7 @@ def test_too_large_a_model_is_refused_before_loading(saved, monkeypatch):
 def test_save_pretrained_round_trip(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"] == ["versvideo.unet", "VersVideoUNet"]
+    assert index["unet"] == ["versvideo.models.unet", "VersVideoUNet"]
     again = VersVideoPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert same_weights(again, pipe)

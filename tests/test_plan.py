@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from versvideo import core
-from versvideo.plan import (
+from versvideo.core import files as core
+from versvideo.lab.plan import (
     PARTS,
     activation_bytes,
     count_flops,
@@ -20,7 +20,7 @@ from versvideo.plan import (
     show_plan,
     training_bytes,
 )
-from versvideo.unet import SIZES, count_parameters
+from versvideo.models.unet import SIZES, count_parameters
 
 
 def numbers(**changes):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from versvideo.conditions import extract_condition
-from versvideo.launch import run_cells
-from versvideo.pipeline import decode_latents
-from versvideo.shards import Shards, sample_tensors
-from versvideo.video import write_video
+from versvideo.data.conditions import extract_condition
+from versvideo.data.shards import Shards, sample_tensors
+from versvideo.lab.launch import run_cells
+from versvideo.media.video import write_video
+from versvideo.pipelines.text_to_video import decode_latents
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_notebook import defaults, leave_out_paths, parameter_cells, parse
 
-from versvideo.results import read_runs
+from versvideo.lab.results import read_runs
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))

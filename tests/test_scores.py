@@ -19,10 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from versvideo.features import Extractor, load_extractor
-from versvideo.metrics import Statistics, frechet_distance
-from versvideo.pipeline import WEIGHTS
-from versvideo.scores import (
+from versvideo.media.video import write_video
+from versvideo.metrics.evaluate import (
     benchmark,
     clips_of,
     collect,
@@ -32,10 +30,12 @@ from versvideo.scores import (
     score_table,
     scores_of,
 )
-from versvideo.shapes import MovingShapes
-from versvideo.text import load_clip
-from versvideo.trainers import load_trained
-from versvideo.video import write_video
+from versvideo.metrics.features import Extractor, load_extractor
+from versvideo.metrics.quality import Statistics, frechet_distance
+from versvideo.models.text import load_clip
+from versvideo.pipelines.text_to_video import WEIGHTS
+from versvideo.trainers.loop import load_trained
+from versvideo.world.shapes import MovingShapes
 
 NARROW = dict(block_out_channels=(8, 8), norm_num_groups=4)
 TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -43,9 +43,9 @@ TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atten
 SCRIPT = """
 import sys, torch
 from accelerate import PartialState
-from versvideo.features import Extractor
-from versvideo.scores import collect
-from versvideo.shapes import MovingShapes
+from versvideo.metrics.features import Extractor
+from versvideo.metrics.evaluate import collect
+from versvideo.world.shapes import MovingShapes
 
 class Mean(Extractor):
     def __init__(self):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from versvideo import shapes
-from versvideo.shapes import MovingShapes, captions, prompt_set, recognise, score, vocabulary
+from versvideo.world import shapes
+from versvideo.world.shapes import MovingShapes, captions, prompt_set, recognise, score, vocabulary
 
 
 def digest(clips):

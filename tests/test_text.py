@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from versvideo.text import (
+from versvideo.models.text import (
     build_clip,
     build_tokenizer,
     clip_loss,

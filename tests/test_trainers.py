@@ -23,20 +23,22 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from versvideo import checkpoints, trainers
-from versvideo import latents as latents_module
-from versvideo.checkpoints import Parts
-from versvideo.core import made_ahead
-from versvideo.latents import (
+from versvideo.core.files import made_ahead
+from versvideo.data.shards import LatentBatches, tensor_sample, write_shards
+from versvideo.models import image_vae as latents_module
+from versvideo.models.image_vae import (
     autoencoder_loss,
     build_vae,
     cached_latents,
     encode_clips,
     fit_latent_scale,
 )
-from versvideo.saved import change_config
-from versvideo.shards import LatentBatches, tensor_sample, write_shards
-from versvideo.trainers import (
+from versvideo.models.saving import change_config
+from versvideo.models.unet import VersVideoUNet
+from versvideo.trainers import checkpoints
+from versvideo.trainers import loop as trainers
+from versvideo.trainers.checkpoints import Parts
+from versvideo.trainers.loop import (
     FitConfig,
     base_of,
     denoising_loss,
@@ -49,7 +51,6 @@ from versvideo.trainers import (
     run_folder,
     training_scheduler,
 )
-from versvideo.unet import VersVideoUNet
 
 KILLS = 50
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,

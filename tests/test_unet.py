@@ -11,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
+from versvideo.models.unet import SIZES, Layer, VersVideoUNet, count_parameters
 from versvideo.modules.moe import ExpertLinear
-from versvideo.unet import SIZES, Layer, VersVideoUNet, count_parameters
 
 TINY = dict(in_channels=4, block_out_channels=(16, 32), layers_per_block=1,
             attention_levels=(True, False), head_dim=8, cross_attention_dim=12, experts=(2, 3),

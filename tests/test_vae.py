@@ -27,14 +27,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from versvideo.cost import peak_bytes, wake
-from versvideo.latents import encode_clips
-from versvideo.metrics import LpipsDistance, flicker, perceptual_distance, psnr
-from versvideo.pipeline import WEIGHTS, decode_latents, load_pipeline
-from versvideo.shapes import MovingShapes
-from versvideo.text import load_clip
-from versvideo.trainers import FitConfig, fit, load_decoder, load_image_vae
-from versvideo.vae import (
+from versvideo.lab.cost import peak_bytes, wake
+from versvideo.metrics.quality import LpipsDistance, flicker, perceptual_distance, psnr
+from versvideo.models.image_vae import encode_clips
+from versvideo.models.text import load_clip
+from versvideo.models.vae import (
     TCMVAE,
     DecoderAndCritic,
     DecoderLoss,
@@ -43,6 +40,9 @@ from versvideo.vae import (
     in_tiles,
     load_vae,
 )
+from versvideo.pipelines.text_to_video import WEIGHTS, decode_latents, load_pipeline
+from versvideo.trainers.loop import FitConfig, fit, load_decoder, load_image_vae
+from versvideo.world.shapes import MovingShapes
 
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,
              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 
-from versvideo.unet import VersVideoUNet
-from versvideo.weights import (
+from versvideo.models.pretrained import (
     adapter_config,
     load_image_unet,
     load_init,
     load_motion_adapter,
     video_config,
 )
+from versvideo.models.unet import VersVideoUNet
 
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=6,
              layers_per_block=1, attention_head_dim=2,
