@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from run_notebook import defaults
 
-from versvideo.core.files import read_json, tensors_digest
+from versvideo.core.records import read_json, tensors_digest
 from versvideo.lab.results import drifted, fill_tables
 from versvideo.media.video import write_video
-from versvideo.metrics.features import ShapesNet
 from versvideo.models.saving import save_model, save_pipeline
 from versvideo.models.text import load_clip
 from versvideo.models.vae import load_vae
 from versvideo.pipelines.text_to_video import load_pipeline
+from versvideo.world.classifier import ShapesNet
 from versvideo.world.shapes import MovingShapes
 
 REPO = Path(__file__).resolve().parents[1]

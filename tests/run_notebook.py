@@ -19,7 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from versvideo.core.files import atomic_path
-from versvideo.lab.launch import defaults, parse
+from versvideo.core.notebooks import defaults, parse
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -12,18 +12,24 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from versvideo.core.files import tensors_digest
-from versvideo.data.conditions import CONDITIONS, Condition, extract_condition, true_maps
-from versvideo.lab.launch import run_cells
+from versvideo.core.notebooks import run_cells
+from versvideo.core.records import tensors_digest
+from versvideo.data.conditions import CONDITIONS, Condition, extract_condition
 from versvideo.media.video import write_video
-from versvideo.models.controlnet import StyleAdapter, VersVideoControlNet, join_tokens
+from versvideo.models.controlnet import VersVideoControlNet
 from versvideo.models.saving import save_pipeline
+from versvideo.models.style import StyleAdapter, join_tokens
 from versvideo.models.unet import VersVideoUNet
 from versvideo.pipelines.edit import edit_files
 from versvideo.pipelines.text_to_video import load_pipeline
-from versvideo.trainers.loop import FitConfig, denoising_loss, fit, load_trained, training_scheduler
-from versvideo.world.shapes import STYLES, MovingShapes
+from versvideo.trainers.config import FitConfig
+from versvideo.trainers.loading import load_trained
+from versvideo.trainers.loop import fit
+from versvideo.trainers.objectives import denoising_loss, training_scheduler
+from versvideo.world.drawing import STYLES
+from versvideo.world.shapes import MovingShapes
 from versvideo.world.styles import read_style
+from versvideo.world.truth import true_maps
 
 REPO = Path(__file__).resolve().parents[1]
 UNET = dict(block_out_channels=(8, 16), attention_levels=(True, False), head_dim=4,

@@ -6,14 +6,8 @@ import literal
 import pytest
 import torch
 
-from versvideo.modules.moe import (
-    ExpertFeedForward,
-    SpatialTransformer,
-    TemporalTransformer,
-    attention,
-    exchange_experts,
-    merge_experts,
-)
+from versvideo.modules.attention import SpatialTransformer, TemporalTransformer, attention
+from versvideo.modules.moe import ExpertFeedForward, exchange_experts, merge_experts
 
 # The table of frame positions is in single precision, so that blocks with it agree less closely.
 TIGHT, POSITIONS = 1e-9, 1e-5

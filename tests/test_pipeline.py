@@ -18,16 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from versvideo.models.saving import save_pipeline
-from versvideo.models.text import ClipSize, build_clip, build_tokenizer, known_words, split_clip
-from versvideo.models.unet import SIZES, VersVideoUNet
+from versvideo.models.sizes import SIZES
+from versvideo.models.text import ClipSize, build_clip, split_clip
+from versvideo.models.tokenizer import build_tokenizer, known_words
+from versvideo.models.unet import VersVideoUNet
 from versvideo.pipelines import text_to_video as pipeline
-from versvideo.pipelines.text_to_video import (
-    SCHEDULERS,
-    VersVideoPipeline,
-    find_pipeline,
-    get_scheduler,
-    load_pipeline,
-)
+from versvideo.pipelines.schedulers import SCHEDULERS, get_scheduler
+from versvideo.pipelines.text_to_video import VersVideoPipeline, find_pipeline, load_pipeline
 
 REPO = Path(__file__).resolve().parents[1]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -392,7 +389,7 @@ def test_offloading_knows_every_model(pipe):
 
 
 def test_too_large_a_model_is_refused_before_loading(saved, monkeypatch):
-    monkeypatch.setattr("versvideo.core.files.free_memory", lambda device: 1000)
+    monkeypatch.setattr("versvideo.core.machine.free_memory", lambda device: 1000)
     monkeypatch.setattr(VersVideoPipeline, "from_pretrained", None)
     with pytest.raises(MemoryError, match="dtype=torch.float16 or a larger machine"):
         load_pipeline(saved, device="cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from versvideo.core import files as core
+from versvideo.core import machine as core
 from versvideo.lab.plan import (
     PARTS,
     activation_bytes,
@@ -20,7 +20,7 @@ from versvideo.lab.plan import (
     show_plan,
     training_bytes,
 )
-from versvideo.models.unet import SIZES, count_parameters
+from versvideo.models.sizes import SIZES, count_parameters
 
 
 def numbers(**changes):

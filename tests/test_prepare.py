@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from versvideo.core.notebooks import run_cells
+from versvideo.data.batches import sample_tensors
 from versvideo.data.conditions import extract_condition
-from versvideo.data.shards import Shards, sample_tensors
-from versvideo.lab.launch import run_cells
+from versvideo.data.shards import Shards
 from versvideo.media.video import write_video
-from versvideo.pipelines.text_to_video import decode_latents
+from versvideo.models.latents import decode_latents
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -19,22 +19,18 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from versvideo.core.files import WEIGHTS
 from versvideo.media.video import write_video
-from versvideo.metrics.evaluate import (
-    benchmark,
-    clips_of,
-    collect,
-    collect_models,
-    collected,
-    load_peer,
-    score_table,
-    scores_of,
-)
-from versvideo.metrics.features import Extractor, load_extractor
-from versvideo.metrics.quality import Statistics, frechet_distance
+from versvideo.metrics.benchmark import benchmark
+from versvideo.metrics.collect import collect, collected
+from versvideo.metrics.distances import Statistics, frechet_distance
+from versvideo.metrics.evaluate import scores_of
+from versvideo.metrics.features import load_extractor
+from versvideo.metrics.networks import Extractor
+from versvideo.metrics.peers import clips_of, collect_models, load_peer
+from versvideo.metrics.protocol import score_table
 from versvideo.models.text import load_clip
-from versvideo.pipelines.text_to_video import WEIGHTS
-from versvideo.trainers.loop import load_trained
+from versvideo.trainers.loading import load_trained
 from versvideo.world.shapes import MovingShapes
 
 NARROW = dict(block_out_channels=(8, 8), norm_num_groups=4)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from versvideo.world import shapes
-from versvideo.world.shapes import MovingShapes, captions, prompt_set, recognise, score, vocabulary
+from versvideo.world.captions import captions, vocabulary
+from versvideo.world.drawing import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES
+from versvideo.world.motion import MOTIONS
+from versvideo.world.recogniser import recognise, score
+from versvideo.world.shapes import MovingShapes, prompt_set
+from versvideo.world.splits import split_table
 
 
 def digest(clips):
@@ -44,11 +48,11 @@ def test_no_combination_is_in_both_splits(objects):
     test = combinations(MovingShapes("test", objects=objects))
     assert len(train) > 2_000 and len(test) > 300
     assert not train & test
-    values = (shapes.COLOURS, shapes.SHAPES, shapes.MOTIONS, shapes.BACKGROUNDS)
+    values = (COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
     for i, table in enumerate(values):
         assert {c[i] for c in train} == {c[i] for c in test} == set(table)
     assert not any(c[1] == "circle" and c[2] == "spin" for c in train | test)
-    assert 0.09 < shapes.split_table().mean() < 0.11
+    assert 0.09 < split_table().mean() < 0.11
 
 
 def test_two_objects_differ_in_colour_and_truth_is_consistent():
@@ -60,7 +64,7 @@ def test_two_objects_differ_in_colour_and_truth_is_consistent():
     assert torch.equal(batch.depth[:, 0] < 1, batch.masks.any(1))
     one = torch.tensor([len(a["objects"]) == 1 for a in batch.attributes])
     assert 0.2 < one.float().mean() < 0.8 and not batch.masks[one, 1].any()
-    assert [shapes.MOTIONS[i] for i in batch.labels] == [
+    assert [MOTIONS[i] for i in batch.labels] == [
         a["objects"][0]["motion"] for a in batch.attributes]
 
 
@@ -108,7 +112,7 @@ def test_prompts_are_unseen_and_balanced():
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"styles": shapes.STYLES, "textures": shapes.TEXTURES, "pan": True}, {"frames": 8},
+    {}, {"styles": STYLES, "textures": TEXTURES, "pan": True}, {"frames": 8},
     {"size": (64, 96)}, {"size": 128, "frames": 12}])
 def test_the_recogniser_reads_rendered_clips(options):
     batch = MovingShapes("test", seed=8, **options).batch(range(64))

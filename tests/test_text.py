@@ -9,23 +9,22 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from versvideo.models.text import (
     build_clip,
-    build_tokenizer,
-    clip_loss,
-    clip_objective,
-    drop_words,
     embed_frames,
     embed_text,
     encode_text,
-    known_words,
-    label_rows,
     load_clip,
     preprocess_frames,
-    retrieval_accuracy,
     save_clip,
     split_clip,
+)
+from versvideo.models.tokenizer import (
+    build_tokenizer,
+    drop_words,
+    known_words,
     tokenize,
     unknown_words,
 )
+from versvideo.trainers.objectives import clip_loss, clip_objective, label_rows, retrieval_accuracy
 
 CAPTIONS = ["a red circle moving left", "a red circle moving right",
             "the blue square spins on a navy background"]

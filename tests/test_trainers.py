@@ -23,32 +23,25 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from versvideo.core.files import made_ahead
-from versvideo.data.shards import LatentBatches, tensor_sample, write_shards
-from versvideo.models import image_vae as latents_module
-from versvideo.models.image_vae import (
-    autoencoder_loss,
-    build_vae,
-    cached_latents,
-    encode_clips,
-    fit_latent_scale,
-)
+from versvideo.core.prefetch import made_ahead
+from versvideo.data.batches import LatentBatches, tensor_sample
+from versvideo.data.shards import write_shards
+from versvideo.models.image_vae import build_vae
+from versvideo.models.latents import encode_clips, fit_latent_scale
 from versvideo.models.saving import change_config
 from versvideo.models.unet import VersVideoUNet
-from versvideo.trainers import checkpoints
-from versvideo.trainers import loop as trainers
+from versvideo.trainers import checkpoints, distributed, loading
+from versvideo.trainers.batches import draw_latents, is_image_batch
 from versvideo.trainers.checkpoints import Parts
-from versvideo.trainers.loop import (
-    FitConfig,
-    base_of,
+from versvideo.trainers.config import FitConfig
+from versvideo.trainers.distributed import process_group
+from versvideo.trainers.loading import base_of, cached_latents, load_frozen
+from versvideo.trainers.log import run_folder
+from versvideo.trainers.loop import fit
+from versvideo.trainers.objectives import (
+    autoencoder_loss,
     denoising_loss,
-    draw_latents,
     draw_timesteps,
-    fit,
-    is_image_batch,
-    load_frozen,
-    process_group,
-    run_folder,
     training_scheduler,
 )
 
@@ -306,7 +299,7 @@ def test_what_else_makes_a_run_is_kept_with_its_checkpoints(tmp_path):
 
 
 def test_processes_need_one_folder(monkeypatch):
-    monkeypatch.setattr(trainers.PartialState(), "num_processes", 2)
+    monkeypatch.setattr(distributed.PartialState(), "num_processes", 2)
     with pytest.raises(ValueError, match="out='': 2 processes need one folder"):
         run_folder("")
 
@@ -847,7 +840,7 @@ def test_half_made_latents_are_not_kept(vae, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(latents_module, "save_file", full)
+        patch.setattr(loading, "save_file", full)
         cached_latents(tmp_path / "latents.safetensors", vae, World(), 3)
     assert names(tmp_path) == []
 
@@ -936,4 +929,3 @@ def test_timesteps_in_range_and_shifted(shift):
 def test_last_timestep_is_not_passed(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kinds: torch.ones(*size))
     assert (draw_timesteps(3, training_scheduler(), 3.) == 999).all()
-

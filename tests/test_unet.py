@@ -11,7 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from versvideo.models.unet import SIZES, Layer, VersVideoUNet, count_parameters
+from versvideo.models.layers import Layer
+from versvideo.models.sizes import SIZES, count_parameters
+from versvideo.models.unet import VersVideoUNet
 from versvideo.modules.moe import ExpertLinear
 
 TINY = dict(in_channels=4, block_out_channels=(16, 32), layers_per_block=1,

@@ -27,21 +27,18 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from versvideo.core.files import WEIGHTS
 from versvideo.lab.cost import peak_bytes, wake
 from versvideo.metrics.quality import LpipsDistance, flicker, perceptual_distance, psnr
-from versvideo.models.image_vae import encode_clips
+from versvideo.models.discriminator import DecoderAndCritic, DecoderLoss, TemporalDiscriminator
+from versvideo.models.latents import decode_latents, encode_clips
 from versvideo.models.text import load_clip
-from versvideo.models.vae import (
-    TCMVAE,
-    DecoderAndCritic,
-    DecoderLoss,
-    TemporalDiscriminator,
-    encode_features,
-    in_tiles,
-    load_vae,
-)
-from versvideo.pipelines.text_to_video import WEIGHTS, decode_latents, load_pipeline
-from versvideo.trainers.loop import FitConfig, fit, load_decoder, load_image_vae
+from versvideo.models.tiling import in_tiles
+from versvideo.models.vae import TCMVAE, encode_features, load_vae
+from versvideo.pipelines.text_to_video import load_pipeline
+from versvideo.trainers.config import FitConfig
+from versvideo.trainers.loading import load_decoder, load_image_vae
+from versvideo.trainers.loop import fit
 from versvideo.world.shapes import MovingShapes
 
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16,

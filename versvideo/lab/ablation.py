@@ -7,7 +7,7 @@ __all__ = ['BUDGETS', 'GUIDANCE', 'MEASURES', 'Variant', 'Budget', 'build', 'cos
            'held_out_loss', 'made_with', 'train_variant', 'train_all', 'curves_of', 'over_seeds', 'compare_variants',
            'verdicts', 'as_record']
 
-# %% ../../nbs/lab/ablation.ipynb #14a-03
+# %% ../../nbs/lab/ablation.ipynb #ablation-02
 import csv
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,21 +19,33 @@ import torch
 from accelerate.utils import set_seed
 from scipy import stats
 
-from ..core.files import pick, progress, read_json, tensors_digest
+from ..core.checks import pick
+from ..core.files import WEIGHTS
+from ..core.progress import progress
+from ..core.records import read_json, tensors_digest
 from .cost import without_excitations
-from ..metrics.features import load_extractor
-from ..models.image_vae import cached_latents
-from ..metrics.quality import fc_consecutive, frechet_distance, inception_score
-from ..pipelines.text_to_video import WEIGHTS, VersVideoPipeline
 from .plan import count_flops
+from ..metrics.benchmark import benchmark
+from ..metrics.clip_scores import fc_consecutive
+from ..metrics.distances import frechet_distance, inception_score
+from ..metrics.features import load_extractor
+from ..metrics.peers import clips_of
+from ..models.sizes import SIZES
+from ..models.tokenizer import tokenize
+from ..models.unet import VersVideoUNet
+from ..pipelines.text_to_video import VersVideoPipeline
+from ..trainers.batches import draw_latents, is_image_batch, turn_seed
+from ..trainers.config import FitConfig
+from ..trainers.distributed import process_group
+from ..trainers.loading import cached_latents, load_frozen
+from ..trainers.log import write_run
+from ..trainers.loop import fit
+from ..trainers.objectives import denoising_loss, training_scheduler
+from ..world.captions import captions
 from ..world.recogniser import recognise, score
-from ..metrics.evaluate import benchmark, clips_of
-from ..world.shapes import MovingShapes, captions
-from ..models.text import tokenize
-from ..trainers.loop import FitConfig, denoising_loss, draw_latents, fit, is_image_batch, load_frozen, process_group, turn_seed, training_scheduler, write_run
-from ..models.unet import SIZES, VersVideoUNet
+from ..world.shapes import MovingShapes
 
-# %% ../../nbs/lab/ablation.ipynb #14a-11
+# %% ../../nbs/lab/ablation.ipynb #ablation-07
 @dataclass(frozen=True)
 class Variant:
     "What is changed."
@@ -42,7 +54,7 @@ class Variant:
     beta: float = 0.001   # How far experts move towards each other
     without: tuple = ()   # Of BRANCHES; all three: a factorized convolution
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-08
 @dataclass(frozen=True)
 class Budget:
     "What all variants have alike."
@@ -54,7 +66,7 @@ class Budget:
     n: int                # Clips to score
     sampling: int         # Denoising steps of these
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-09
 BUDGETS = {"smoke": Budget("smoke", (16, 32), 2, 2, 4, 18, 1), "XS": Budget("XS", (32, 48, 48), 400, 8, 2048, 144, 10)}
 
 
@@ -63,14 +75,14 @@ def build(variant: Variant, budget: Budget) -> VersVideoUNet:
     row = SIZES[budget.size]
     return without_excitations(VersVideoUNet(**row.unet | dict(block_out_channels=budget.widths, experts=(variant.experts,) * 2, sample_size=row.latent())), variant.without)
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-10
 def cost_of(variant: Variant, budget: Budget) -> dict:
     "Parameters while it learns and when it draws, and operations of a clip in millions, counted without allocating any."
     with torch.device("meta"): unet = build(variant, budget)
     flops, learning = count_flops(unet, SIZES[budget.size].latent()), unet.num_parameters()
     return dict(variant=variant.name, parameters=learning, parameters_merged=(unet.merge_experts() if variant.experts > 1 else unet).num_parameters(), mflop=flops / 1e6)
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-11
 GUIDANCE = 4.   # Of what is scored
 
 
@@ -78,20 +90,20 @@ def judges() -> tuple:
     "Extractors of FVD and IS, and of FC."
     return load_extractor("shapes"), load_extractor("clip", str(WEIGHTS / "XS"))
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-12
 def bench_of(budget: Budget):
     "Prompts and real clips that all variants are held against."
     row = SIZES[budget.size]
     return benchmark("shapes-ucf101", (row.frames, row.height, row.width), n=budget.n)
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-13
 def protocols_of(budget: Budget, seed: int = 0) -> dict:
     "How FVD, IS and FC come about, in words."
     bench, row, (video, clip) = bench_of(budget), SIZES[budget.size], judges()
     said = lambda metric, extractor, against=False, notes="": str(bench.protocol(metric, extractor, against, seed, f"{row.frames}x{row.height}x{row.width}", type(training_scheduler()).__name__, budget.sampling, GUIDANCE, notes))
     return dict(FVD=said("FVD", video, True), IS=said("IS", video, notes="one part"), FC=said("FC", clip))
 
-# %% ../../nbs/lab/ablation.ipynb #14a-12
+# %% ../../nbs/lab/ablation.ipynb #ablation-14
 def held_out_loss(unet, latents, text, seed=0) -> float:
     "Plain error of ε on clips that were not trained on, from the same noise and steps for every variant."
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -99,13 +111,13 @@ def held_out_loss(unet, latents, text, seed=0) -> float:
         errors = [denoising_loss(unet, training_scheduler(), z.float(), words, 3.)["error"].item() for _ in range(4) for z, words in zip(latents.split(8), text.split(8), strict=True)]
     return float(np.mean(errors))
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-15
 def made_with(budget: Budget) -> dict:
     "Checksums of everything a training takes as given and is judged by."
     vae, text_encoder, _ = load_frozen(budget.size)
     return {name: tensors_digest(part.state_dict().values())[:16] for name, part in zip(("vae", "text", "video", "clip"), (vae, text_encoder, *judges()), strict=True)}
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-16
 def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> dict:
     "Train, merge, generate, score; the numbers, which are also written beside the curve."
     row, device = SIZES[budget.size], process_group().device
@@ -150,20 +162,20 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
     write_run(folder, dict(variant=asdict(variant), seed=seed, budget=asdict(budget), made_with=made_with(budget), protocols=protocols_of(budget, seed)), metrics, log.rows)
     return metrics
 
-# %% ../../nbs/lab/ablation.ipynb #14a-21
+# %% ../../nbs/lab/ablation.ipynb #ablation-18
 def _train(variant, seed, budget, folder):
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "metrics.json").exists(): train_variant(variant, seed, budget, folder)   # by now another process may have made it
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-19
 def _one(arguments):
     torch.set_num_threads(1)
     return _train(*arguments)
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-20
 def _place(folder, name, seed): return Path(folder) / f"{name.replace(' ', '-')}-s{seed}"
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-21
 def train_all(
     variants: list,    # Of `Variant`
     seeds: int,        # Trainings of each
@@ -192,7 +204,7 @@ def train_all(
         for job in progress(missing, "train", every=1): _train(*job)
     return {v.name: [read_json(places[v.name, s] / "metrics.json") for s in range(seeds)] for v in variants}
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-22
 def curves_of(variants: list, seeds: int, folder: str | Path) -> list:
     "The curves of these trainings of `train_all`, one after the other: rows with variant, seed, step and what was logged."
     rows = []
@@ -201,7 +213,7 @@ def curves_of(variants: list, seeds: int, folder: str | Path) -> list:
             rows += [dict(variant=name, seed=seed) | {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return rows
 
-# %% ../../nbs/lab/ablation.ipynb #14a-21p
+# %% ../../nbs/lab/ablation.ipynb #ablation-24
 def over_seeds(
     values,        # One a seed
     against=None,  # Of the same seeds: their differences
@@ -212,10 +224,10 @@ def over_seeds(
     half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-25
 MEASURES = dict(loss=-1, FVD=-1, IS=1, FC=1, read_motion=1, read_shape=1)   # 1 where larger is better
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-26
 def compare_variants(
     found: dict,    # Of `train_all`
     baseline: str,  # The variant that the others are held against
@@ -245,7 +257,7 @@ def compare_variants(
         rows[i]["verdict"] = "better" if rows[i]["difference"] * measures[rows[i]["measure"]] > 0 else "worse"
     return rows
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-27
 def verdicts(
     rows: list,  # Of `compare_variants`
 ) -> str:
@@ -255,7 +267,7 @@ def verdicts(
     counts = [f"{sum(r['verdict'] == said for r in asked)} {said}" for said in ("better", "worse", "not decided")]
     return "\n".join([*lines, f"Of {len(asked)} comparisons: {', '.join(counts)}."])
 
-
+# %% ../../nbs/lab/ablation.ipynb #ablation-28
 def as_record(
     rows: list,      # Of `compare_variants`
     found: dict,     # Of `train_all`

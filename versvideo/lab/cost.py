@@ -7,7 +7,7 @@ __all__ = ['BRANCHES', 'wait', 'take_turns', 'middle_half', 'compare_times', 'ke
            'without_excitations', 'variants', 'others', 'random_inputs', 'infer', 'training_step', 'wake', 'LiveBytes',
            'peak_bytes']
 
-# %% ../../nbs/lab/cost.ipynb #11-03
+# %% ../../nbs/lab/cost.ipynb #cost-02
 import ctypes
 import gc
 import random
@@ -22,17 +22,17 @@ from diffusers import UNet3DConditionModel, UNetMotionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.files import pick
-from ..modules.mec import MultiExcitationConv
+from ..core.checks import pick
 from .plan import example
 from ..models.unet import VersVideoUNet
+from ..modules.mec import MultiExcitationConv
 
-# %% ../../nbs/lab/cost.ipynb #11-06
+# %% ../../nbs/lab/cost.ipynb #cost-06
 def wait(device: torch.device | str):
     "Until a GPU has done what was asked of it."
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-07
 def take_turns(
     cases: dict,            # Name to function without arguments
     rounds: int,            # Each round calls every case once
@@ -52,14 +52,14 @@ def take_turns(
             if i >= warmup: seconds[name].append(time.perf_counter() - start)
     return seconds
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-08
 def middle_half(values: list) -> tuple:
     "Median, first and third quartile; with fewer than four values the extremes."
     ordered = sorted(values)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 3 else (ordered[0], None, ordered[-1])
     return statistics.median(ordered), low, high
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-09
 def compare_times(
     seconds: dict,   # From `take_turns`
     baseline: str,   # The case that the others are held against
@@ -71,7 +71,7 @@ def compare_times(
         rows.append(dict(case=name, seconds=statistics.median(values), ratio=ratio, ratio_low=low, ratio_high=high, rounds=len(values)))
     return rows
 
-# %% ../../nbs/lab/cost.ipynb #11-26
+# %% ../../nbs/lab/cost.ipynb #cost-14
 def keep_freed_memory() -> bool:  # Whether there was such an allocator
     "What is free goes back to the system, what is freed from now on glibc's allocator keeps for this process; without glibc nothing happens."
     gc.collect()
@@ -81,17 +81,17 @@ def keep_freed_memory() -> bool:  # Whether there was such an allocator
     trim_threshold, top_pad, mmap_max = -1, -2, -4   # the names of malloc.h
     return all(libc.mallopt(which, n) for which, n in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
 
-# %% ../../nbs/lab/cost.ipynb #11-11
+# %% ../../nbs/lab/cost.ipynb #cost-19
 class FactorizedConv(MultiExcitationConv):
     "A MEC whose excitations are left out: 2D convolution, then 1D convolution over frames."
     def forward(self, x): return self.factorized(x)
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-20
 class PartialConv(MultiExcitationConv):
     "A MEC with some of its excited branches: scale ⊙ Σ (1 + M) of those that are left."
     def gate(self, z): return self.scale * sum(1 + getattr(self, name)(z) for name in BRANCHES.values() if hasattr(self, name))
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-21
 BRANCHES = {"spatial": "where", "channel": "which", "motion": "when"}   # Equations (3) to (5), and their module in a MEC
 
 
@@ -108,7 +108,7 @@ def without_excitations(
             if len(parts) == len(BRANCHES): del m.scale
     return module
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-22
 def variants(
     config: dict  # Arguments of `VersVideoUNet`
 ) -> dict:        # Name to UNet, in evaluation mode
@@ -120,7 +120,7 @@ def variants(
             "merged": VersVideoUNet(**config | dict(experts=experts)).merge_experts()}
     return {name: net.eval() for name, net in nets.items()}
 
-# %% ../../nbs/lab/cost.ipynb #11-16
+# %% ../../nbs/lab/cost.ipynb #cost-27
 def others(
     small: bool = False  # Narrow ones of the same kinds, for a try
 ) -> dict:               # Name to UNet, in evaluation mode
@@ -134,7 +134,7 @@ def others(
                                     motion_num_attention_heads=2, num_attention_heads=2)
     return {"ModelScope": UNet3DConditionModel(**modelscope).eval(), "AnimateDiff": UNetMotionModel(**animatediff).eval()}
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-28
 def random_inputs(
     net: torch.nn.Module,  # Ours or one of `others`
     latent: tuple,         # `(t, h, w)`
@@ -145,14 +145,14 @@ def random_inputs(
     if isinstance(net, UNetMotionModel): text = text.repeat_interleave(latent[0], 0)
     return torch.randn_like(sample), step, torch.randn_like(text)
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-29
 def infer(net: torch.nn.Module, inputs: tuple) -> Callable:
     "A forward pass without gradients, to be called."
     def forward():
         with torch.no_grad(): return net(*inputs).sample
     return forward
 
-# %% ../../nbs/lab/cost.ipynb #11-19
+# %% ../../nbs/lab/cost.ipynb #cost-32
 def training_step(
     net: VersVideoUNet,
     inputs: tuple,                           # Sample, step, text
@@ -172,7 +172,7 @@ def training_step(
         torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
     return step
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-33
 def wake(module: torch.nn.Module) -> torch.nn.Module:
     "Small random weights in place of all zeros, in place: a new network that works in all its parts."
     with torch.no_grad():
@@ -180,7 +180,7 @@ def wake(module: torch.nn.Module) -> torch.nn.Module:
             if not p.any(): p.normal_(std=0.02)
     return module
 
-# %% ../../nbs/lab/cost.ipynb #11-22
+# %% ../../nbs/lab/cost.ipynb #cost-36
 class LiveBytes(TorchDispatchMode):
     "Counts the bytes of the tensors that operations make, while they live."
     def __init__(self):
@@ -206,7 +206,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key, n)
         return result
 
-
+# %% ../../nbs/lab/cost.ipynb #cost-37
 def peak_bytes(call: Callable) -> int:
     "Bytes of tensors that live at most while `call()` runs, beyond those that were there before."
     with LiveBytes() as counter: call()

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'parameters_by_part', 'meta_unet', 'example', 'operations', 
            'activation_bytes', 'training_bytes', 'states', 'largest_batch', 'measured_peak', 'launch_command',
            'require_training_memory', 'show_plan']
 
-# %% ../../nbs/lab/plan.ipynb #13-03
+# %% ../../nbs/lab/plan.ipynb #plan-02
 import math
 import re
 from collections.abc import Callable
@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.files import require_memory
+from ..core.machine import require_memory
 from ..media.show import show_table
-from ..models.unet import SIZES, Layer, Size, VersVideoUNet, count_parameters
+from ..models.layers import Layer
+from ..models.sizes import SIZES, Size, count_parameters
+from ..models.unet import VersVideoUNet
 
-# %% ../../nbs/lab/plan.ipynb #13-06
+# %% ../../nbs/lab/plan.ipynb #plan-06
 PARTS = {
     "MEC: convolutions over time": r"\.conv2\.temporal\.",
     "MEC: excitations": r"\.conv2\.(where|which|when|scale)",
@@ -35,7 +37,7 @@ PARTS = {
     "norms and diffusion step": r"norm|\.step\.|^time_embedding\.",
 }
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-07
 def parameters_by_part(
     unet: VersVideoUNet
 ) -> dict:  # Part to number of parameters
@@ -45,20 +47,20 @@ def parameters_by_part(
         counts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += p.numel()
     return counts
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-08
 def meta_unet(size: Size, merged: bool = False) -> VersVideoUNet:
     "The UNet of a size without storage."
     with torch.device("meta"): unet = VersVideoUNet(**size.unet)
     return unet.merge_experts() if merged and max(unet.config.experts) > 1 else unet
 
-# %% ../../nbs/lab/plan.ipynb #13-10
+# %% ../../nbs/lab/plan.ipynb #plan-12
 def example(unet: VersVideoUNet, latent: tuple, batch: int = 1) -> tuple:
     "Noise, step and text of the shape that the UNet of a size is called with, where its weights are."
     kind = dict(device=unet.device, dtype=unet.dtype)
     return (torch.zeros(batch, unet.config.in_channels, *latent, **kind), 500,
             torch.zeros(batch, 77, unet.config.cross_attention_dim, **kind))
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-13
 def operations(
     call: Callable  # Anything without arguments that computes
 ) -> int:
@@ -66,7 +68,7 @@ def operations(
     with torch.no_grad(), FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops()
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-14
 def count_flops(
     unet: VersVideoUNet,  # On any device, the meta device included
     latent: tuple,        # `(t, h, w)`
@@ -75,7 +77,7 @@ def count_flops(
     "Floating-point operations of one forward pass."
     return operations(lambda: unet(*example(unet, latent, batch)))
 
-# %% ../../nbs/lab/plan.ipynb #13-15
+# %% ../../nbs/lab/plan.ipynb #plan-19
 class FusedAttention(torch.autograd.Function):
     "What a fused kernel keeps of an attention: inputs and output. For counting, without storage."
     @staticmethod
@@ -84,7 +86,7 @@ class FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out)
         return out
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-20
 def activation_bytes(
     size: Size
 ) -> tuple:  # Bytes for one clip in fp32: all of them, and with gradient checkpointing
@@ -108,7 +110,7 @@ def activation_bytes(
     inputs, inside = zip(*parts, strict=True)
     return held(), held() - sum(inside) + sum(inputs) + max(inside)
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-21
 def training_bytes(
     size: Size,
     mixed_precision: str,  # no | bf16 | fp16
@@ -121,12 +123,12 @@ def training_bytes(
             "half-precision copy": 0 if mixed_precision == "no" else 2 * trained,
             "a clip": int(share * whole), "a clip, checkpointed": int(share * checkpointed)}
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-22
 def states(need: dict) -> int:
     "Bytes of what `training_bytes` lists, without the clips."
     return sum(n for name, n in need.items() if not name.startswith("a clip"))
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-23
 def largest_batch(
     need: dict,           # From `training_bytes`
     memory: float,        # Bytes of the device
@@ -136,7 +138,7 @@ def largest_batch(
     clip = need["a clip, checkpointed" if checkpointing else "a clip"]
     return max(math.floor((0.9 * memory - states(need)) / clip), 0)
 
-# %% ../../nbs/lab/plan.ipynb #13-21
+# %% ../../nbs/lab/plan.ipynb #plan-29
 def measured_peak(
     size: str,                    # A row of SIZES
     batch: int,                   # Clips
@@ -158,7 +160,7 @@ def measured_peak(
         for mean, p in zip(average, unet.parameters(), strict=True): mean.lerp_(p.detach(), 0.1)
     return peak() - start
 
-# %% ../../nbs/lab/plan.ipynb #13-25
+# %% ../../nbs/lab/plan.ipynb #plan-33
 def launch_command(
     size: str,
     processes: int = 1,     # GPUs
@@ -172,7 +174,7 @@ def launch_command(
     shard = " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP" if sharded else ""
     return f"accelerate launch --num_processes {processes}{cluster}{shard} -m versvideo.trainers.loop nbs/20_train_unet.ipynb size={size} out={run}"
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-34
 def require_training_memory(
     name: str,                           # Of the size, for the message
     size: Size,                          # It, with the experts that are asked for
@@ -189,7 +191,7 @@ def require_training_memory(
         f"average, {batch/2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
         f"take a smaller size, or a machine with so much on each GPU, there with: {launch_command(name, 8)}, or share the states: {launch_command(name, 8, sharded=True)}", device=device)
 
-
+# %% ../../nbs/lab/plan.ipynb #plan-35
 def show_plan(
     name: str,                    # Of the size
     size: Size,                   # It, with the experts that are asked for

@@ -7,15 +7,17 @@ __all__ = ['COSTS', 'TABLES', 'TABLE', 'NUMBER', 'RUN', 'TIMES', 'read_runs', 't
            'decoder_parts', 'scored', 'ablated', 'costs', 'on_gpu', 'fill_tables', 'unfounded_numbers', 'assumptions',
            'drifted']
 
-# %% ../../nbs/lab/results.ipynb #15-02
+# %% ../../nbs/lab/results.ipynb #results-02
 import csv
 import re
 from pathlib import Path
 
-from ..core.files import pick, read_json, repo_path
+from ..core.checks import pick
+from ..core.files import repo_path
+from ..core.records import read_json
 from ..media.show import Table, show_table
 
-# %% ../../nbs/lab/results.ipynb #15-05
+# %% ../../nbs/lab/results.ipynb #results-05
 def _flat(record: dict, prefix: str = "") -> dict:
     "Nested dicts as one dict with dotted names."
     flat = {}
@@ -24,7 +26,7 @@ def _flat(record: dict, prefix: str = "") -> dict:
         flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return flat
 
-
+# %% ../../nbs/lab/results.ipynb #results-06
 def read_runs(
     folder: str | Path = "results",  # Folder of run folders, relative to the repository
 ) -> list[dict]:                     # One dict a finished run: `run`, its settings, its numbers
@@ -42,7 +44,7 @@ def read_runs(
         runs.append({"run": path.parent.relative_to(root).as_posix(), **settings, **numbers})
     return runs
 
-# %% ../../nbs/lab/results.ipynb #15-10
+# %% ../../nbs/lab/results.ipynb #results-11
 def table(
     runs: list[dict],    # From `read_runs`
     columns: list[str],  # Names to show after the run's own; a run without one has an empty cell
@@ -53,28 +55,28 @@ def table(
         pick(known, column, "column")
     return show_table([{"run": run["run"], **{c: run.get(c) for c in columns}} for run in runs])
 
-# %% ../../nbs/lab/results.ipynb #15-15
+# %% ../../nbs/lab/results.ipynb #results-15
 def _percent(value): return f"{100 * value:.0f} %"
 
-
+# %% ../../nbs/lab/results.ipynb #results-16
 def _interval(found, form=".2f", unit=""):
     "Value and interval as text."
     value, low, high = ([found[k] for k in ("value", "low", "high")] if isinstance(found, dict) else found)
     return f"{value:{form}}{unit} [{low:{form}}, {high:{form}}]"
 
-
+# %% ../../nbs/lab/results.ipynb #results-17
 def judged(folder: Path, run: str) -> list:
     "What the recogniser reads in generated clips (33_judge)."
     found = read_json(folder / run / "metrics.json")
     return [{name: _percent(found[name]) for name in ("colour", "background", "motion", "shape")}]
 
-
+# %% ../../nbs/lab/results.ipynb #results-18
 def marks(folder: Path, *runs: str) -> list:
     "What was to be reached, and what was (43_follow, 44_style)."
     found = [mark for run in runs for mark in read_json(folder / run / "metrics.json")["marks"]]
     return [{"measure": m["measure"], "to reach": m["mark"], "value": _interval(m), "reached": "yes" if m["reached"] else "no"} for m in found]
 
-
+# %% ../../nbs/lab/results.ipynb #results-19
 def decoders(folder: Path, *runs: str) -> list:
     "The decoder that knows of time against the image decoder (42_reconstruction)."
     rows = []
@@ -84,7 +86,7 @@ def decoders(folder: Path, *runs: str) -> list:
                      "perceptual": f"{_interval(found['perceptual, ratio'])} times", "FVD": " against ".join(_interval(next(v for k, v in found[name].items() if k.startswith("FVD"))) for name in ("TCM-VAE", "image decoder"))})
     return rows
 
-
+# %% ../../nbs/lab/results.ipynb #results-20
 def decoder_parts(folder: Path, run: str) -> list:
     "The decoder with parts left out; mean over the seeds, smallest and largest (53_ablation_vae)."
     with open(folder / run / "ablation.csv") as file: found = {(row["without"], row["clips"]): row for row in csv.DictReader(file)}
@@ -92,7 +94,7 @@ def decoder_parts(folder: Path, run: str) -> list:
     measures = {"flicker": (("flicker", "flicker_low", "flicker_high"), ".3f", ""), "PSNR": (("psnr_db", "psnr_low", "psnr_high"), "+.2f", " dB")}
     return [{"left out": part} | {f"{label}, {kind}": cell(found[part, clips], *how) for label, how in measures.items() for kind, clips in (("plain", "one plain object"), ("full", "everything"))} for part in dict.fromkeys(part for part, _ in found)]
 
-
+# %% ../../nbs/lab/results.ipynb #results-21
 def scored(folder: Path, run: str) -> list:
     "Scores of models and of real clips, each metric on the network it names (40_table1_msrvtt, 41_table2_ucf101)."
     found = read_json(folder / run / "metrics.json")
@@ -100,7 +102,7 @@ def scored(folder: Path, run: str) -> list:
     form = lambda metric: ".1f" if metric.startswith("FVD") else ".2f" if metric.startswith("IS") else ".3f"
     return [{"clips": name} | {metric: _interval(scores[metric], form(metric)) if metric in scores else "" for metric in metrics} for name, scores in found.items() if isinstance(scores, dict) and metrics]
 
-
+# %% ../../nbs/lab/results.ipynb #results-22
 def ablated(folder: Path, run: str) -> list:
     "Variants of the UNet: each measure, and its difference from the baseline with the interval over seeds (50 to 52)."
     found = read_json(folder / run / "metrics.json")
@@ -110,7 +112,7 @@ def ablated(folder: Path, run: str) -> list:
     forms = dict(loss=".4f", FVD=".1f", IS=".2f", FC=".4f")
     return [{"variant": name, "parameters": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"} | {key: cell(row[key], form) for key, form in forms.items()} for name, row in found.items()]
 
-# %% ../../nbs/lab/results.ipynb #15-15b
+# %% ../../nbs/lab/results.ipynb #results-23
 COSTS = {   # Label to the table and case of a record, and the case it is compared with
     "sampling step, L, 16×32×32 latents, experts merged": ("inference", "merged", "baseline"),
     "training step, S, 8 clips of 16×16×16 latents": ("training step", "both", "baseline"),
@@ -120,7 +122,7 @@ COSTS = {   # Label to the table and case of a record, and the case it is compar
     "sampling step, H against ModelScope's UNet, 8×16×16 latents": ("beside others", "VersVideo H, merged", "ModelScope"),
 }
 
-
+# %% ../../nbs/lab/results.ipynb #results-24
 def costs(folder: Path, run: str) -> list:
     "Time and operations of MEC and experts (60_cost)."
     with open(folder / run / "cost.csv") as file: found = {(row["table"], row["case"]): row for row in csv.DictReader(file)}
@@ -131,7 +133,7 @@ def costs(folder: Path, run: str) -> list:
         rows.append({"against the same net without them": label, "time": _interval([float(one[k]) for k in ("ratio", "ratio_low", "ratio_high")]), "TFLOP of both": flops})
     return rows
 
-
+# %% ../../nbs/lab/results.ipynb #results-25
 def on_gpu(folder: Path, run: str) -> list:
     "Time and memory of training steps and of a sample (61_gpu)."
     found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
@@ -142,7 +144,7 @@ def on_gpu(folder: Path, run: str) -> list:
     rows += [(f"{config['steps']} sampling steps with guidance, {config['sizes'].split()[-1]}, bf16, {r['form']}, latents only", r) for r in found["sampling"]]
     return [{"what": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"], "GB at most": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
 
-
+# %% ../../nbs/lab/results.ipynb #results-26
 TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "scored": scored, "ablated": ablated, "costs": costs, "on_gpu": on_gpu}
 TABLE = re.compile(r"(<!-- table: (\w+) ([\w/ -]+?) -->\n)((?:\|.*\n)*)")
 
@@ -158,7 +160,7 @@ def fill_tables(
         return match[1] + line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(line(row.values()) for row in rows)
     return TABLE.sub(build, text)
 
-# %% ../../nbs/lab/results.ipynb #15-21
+# %% ../../nbs/lab/results.ipynb #results-30
 NUMBER = re.compile(r"(?<![\w./×-])([-+]?\d+(?:\.\d+)?)( ?%| minutes\b)?(?![\w×])")
 RUN = re.compile(r"results/((?:[a-z][\w-]*/)?\d[\w-]*)")
 
@@ -169,12 +171,12 @@ def _values(record):
     if isinstance(record, list): return [v for x in record for v in _values(x)]
     return [float(record)] if isinstance(record, (int, float)) and not isinstance(record, bool) else []
 
-
+# %% ../../nbs/lab/results.ipynb #results-31
 def _cells(path):
     "All numbers of a CSV."
     with open(path) as file: return [float(cell) for row in csv.reader(file) for cell in row if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)]
 
-
+# %% ../../nbs/lab/results.ipynb #results-32
 def unfounded_numbers(
     text: str,                       # Markdown
     folder: str | Path = "results",  # Of the runs, relative to the repository
@@ -196,7 +198,7 @@ def unfounded_numbers(
             if not any(abs(factor * v - value) <= 0.5001 * 10**-places for v in known): found.append((digits + unit, block.strip()[:60]))
     return found
 
-# %% ../../nbs/lab/results.ipynb #15-31
+# %% ../../nbs/lab/results.ipynb #results-36
 def assumptions(
     folder: str | Path = "nbs",  # Of the notebooks, relative to the repository
 ) -> list:                       # Notebook and text
@@ -209,10 +211,10 @@ def assumptions(
                 found.append(dict(notebook=path.stem, assumption=" ".join(text.split()).lstrip("( ").replace("the paper is silent): ", "")))
     return found
 
-# %% ../../nbs/lab/results.ipynb #15-41
+# %% ../../nbs/lab/results.ipynb #results-40
 TIMES = re.compile(r"seconds|time|_ms\b|_gib?\b|memory|provenance|per_s\b|a_second|utilisation", re.I)
 
-
+# %% ../../nbs/lab/results.ipynb #results-41
 def drifted(
     before: dict,             # A `metrics.json`
     after: dict,              # That of the same run, made again

@@ -4,25 +4,21 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'psnr', 'ssim', 'flicker', 'edge_f1', 'ClipDistance', 'LpipsDistance', 'perceptual_error',
-           'perceptual_distance', 'with_interval', 'as_rows', 'Statistics', 'frechet_distance', 'resampled',
-           'frechet_interval', 'inception_score', 'check_units', 'clipsim', 'fc_consecutive']
+           'perceptual_distance']
 
-# %% ../../nbs/metrics/quality.ipynb #13m-03
+# %% ../../nbs/metrics/quality.ipynb #quality-03
 import importlib.util
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from scipy import linalg, stats
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from ..models.text import preprocess_frames
 
-# %% ../../nbs/metrics/quality.ipynb #13m-11
+# %% ../../nbs/metrics/quality.ipynb #quality-06
 def as_pairs(
     x: torch.Tensor, y: torch.Tensor,  # Clips `b c t h w`
 ) -> tuple:                            # Both as float64 in [0, 1]
@@ -34,13 +30,13 @@ def as_pairs(
         if v.is_floating_point() and v.abs().max() > 2: raise ValueError(f"clips are floats from {v.min():.4g} to {v.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
     return tuple(v.double() / 255 if v.dtype == torch.uint8 else v.double() / 2 + 0.5 for v in (x, y))
 
-
+# %% ../../nbs/metrics/quality.ipynb #quality-07
 def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     "Peak signal-to-noise ratio of each clip in dB; infinite for equal clips."
     x, y = as_pairs(x, y)
     return -10 * torch.log10((x - y).square().mean((1, 2, 3, 4)))
 
-
+# %% ../../nbs/metrics/quality.ipynb #quality-08
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     "Structural similarity of each clip, mean over frames, channels and places; 1 for equal clips (Wang et al. 2004)."
     b = len(x)
@@ -54,7 +50,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     same = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2) / ((mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2))
     return same.reshape(b, -1).mean(1)
 
-# %% ../../nbs/metrics/quality.ipynb #13m-21
+# %% ../../nbs/metrics/quality.ipynb #quality-12
 def flicker(
     x: torch.Tensor,         # The clip
     reference: torch.Tensor  # What it should be
@@ -64,7 +60,7 @@ def flicker(
     x, y = as_pairs(x, reference)
     return (x.diff(dim=2) - y.diff(dim=2)).abs().mean((1, 2, 3, 4))
 
-# %% ../../nbs/metrics/quality.ipynb #13m-25
+# %% ../../nbs/metrics/quality.ipynb #quality-16
 def edge_f1(
     found: torch.Tensor,  # Edge maps `b 1 t h w`, an edge where above a half
     asked: torch.Tensor,  # The same
@@ -81,7 +77,7 @@ def edge_f1(
     none = (count(found) + count(asked)) == 0
     return torch.where(none, 1., 2 * precision * recall / (precision + recall).clamp(min=1e-12))
 
-# %% ../../nbs/metrics/quality.ipynb #13m-28b
+# %% ../../nbs/metrics/quality.ipynb #quality-20
 class ClipDistance(nn.Module):
     "Mean squared distance of two sets of frames in the layers of a CLIP vision tower, where each token has length 1."
     name = "embedded CLIP vision tower"
@@ -98,7 +94,7 @@ class ClipDistance(nn.Module):
     def forward(self, x, y):
         return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.layers(x), self.layers(y), strict=True)]).mean()
 
-
+# %% ../../nbs/metrics/quality.ipynb #quality-21
 class LpipsDistance(nn.Module):
     "LPIPS of two sets of frames, mean over frames; FileNotFoundError where the weights of its network are not on this machine."
     name = "LPIPS, VGG"
@@ -115,7 +111,7 @@ class LpipsDistance(nn.Module):
 
     def forward(self, x, y): return self.net(x, y).mean()
 
-
+# %% ../../nbs/metrics/quality.ipynb #quality-22
 @torch.no_grad()
 def perceptual_error(
     x: torch.Tensor, y: torch.Tensor,  # Clips `b 3 t h w`, as of `as_pairs`
@@ -125,7 +121,7 @@ def perceptual_error(
     x, y = (rearrange(v.float() * 2 - 1, "b c t h w -> b t c h w") for v in as_pairs(x, y))
     return torch.stack([distance(a, b) for a, b in zip(x, y, strict=True)])
 
-
+# %% ../../nbs/metrics/quality.ipynb #quality-23
 def perceptual_distance(
     kind: str,              # lpips | clip | auto: LPIPS where its weights are on this machine
     tower=None,             # The CLIP vision tower of "clip"
@@ -136,138 +132,3 @@ def perceptual_distance(
     if kind == "lpips" or kind == "auto" and there: return LpipsDistance()
     if tower is None: raise ValueError(f"perceptual={kind!r} needs a CLIP vision tower")
     return ClipDistance(tower)
-
-# %% ../../nbs/metrics/quality.ipynb #13m-31
-def with_interval(
-    values,             # One number a clip
-    against=None,       # Numbers of the same clips: the ratio of the means
-    resamples=2000, seed=0,
-) -> tuple:             # Value, low, high
-    "Mean, or ratio of means, and its 95 % bootstrap interval over clips; ValueError for fewer than two."
-    columns = [np.asarray(v, dtype=np.float64) for v in ([values] if against is None else [values, against])]
-    if not all(np.isfinite(c).all() for c in columns): raise ValueError(f"{int(sum((~np.isfinite(c)).sum() for c in columns))} values are not numbers: leave those clips out, and say so")
-    if len(columns[0]) < 2 or len({len(c) for c in columns}) > 1: raise ValueError(f"{[len(c) for c in columns]} values: at least two are needed, as many against them")
-    value = lambda a, b=None, axis=-1: a.mean(axis) if b is None else a.mean(axis) / b.mean(axis)
-    found = stats.bootstrap(columns, value, n_resamples=resamples, paired=True, vectorized=True, method="percentile", rng=np.random.default_rng(seed))
-    return float(value(*columns)), float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-# %% ../../nbs/metrics/quality.ipynb #13m-41
-def as_rows(features) -> np.ndarray:
-    "Features of any kind as float64, `n d`; ValueError for what is none."
-    rows = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features, dtype=np.float64)
-    if rows.ndim != 2 or not len(rows): raise ValueError(f"features of shape {rows.shape}: give rows, `n d`")
-    if not np.isfinite(rows).all(): raise ValueError(f"{int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows of features hold values that are not numbers: leave those clips out, and say so")
-    return rows
-
-
-class Statistics:
-    "Count, mean and scatter of rows of features, in float64, whatever their number."
-    def __init__(self, features=None):
-        self.n, self.mean, self.scatter = 0, 0., 0.
-        if features is not None:
-            rows = as_rows(features)
-            self.n, self.mean = len(rows), rows.mean(0)
-            self.scatter = (rows - self.mean).T @ (rows - self.mean)
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        "Of both sets together (Chan et al. 1983)."
-        if not self.n or not other.n: return self if self.n else other
-        if len(self.mean) != len(other.mean): raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} numbers: they are of different extractors")
-        whole, step = Statistics(), other.mean - self.mean
-        whole.n = self.n + other.n
-        whole.mean = self.mean + step * (other.n / whole.n)
-        whole.scatter = self.scatter + other.scatter + np.outer(step, step) * (self.n * other.n / whole.n)
-        return whole
-
-    def __radd__(self, other):
-        "So that `sum` works."
-        return self
-
-    @property
-    def covariance(self) -> np.ndarray:
-        "With n - 1; ValueError for fewer than two rows."
-        if self.n < 2: raise ValueError(f"{self.n} rows: a covariance needs at least two")
-        return self.scatter / (self.n - 1)
-
-
-def frechet_distance(
-    a, b,  # `Statistics`, or features `n d`
-) -> float:
-    "Fréchet distance of the normal distributions with the means and covariances of two sets of features; ValueError for fewer than two rows."
-    a, b = (v if isinstance(v, Statistics) else Statistics(v) for v in (a, b))
-    if min(a.n, b.n) < 2: raise ValueError(f"{a.n} and {b.n} rows: at least two each are needed")
-    if len(a.mean) != len(b.mean): raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers: they are of different extractors")
-    root = lambda values, vectors: (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = linalg.svdvals(root(*linalg.eigh(a.covariance)) @ root(*linalg.eigh(b.covariance))).sum()   # trace of the root of the product of both, singular or not
-    return max(0., float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
-
-
-def resampled(
-    batches,         # Of rows of features `n d`, any iterable; or all rows
-    resamples: int,
-    rng: np.random.Generator,
-) -> tuple:          # `Statistics` of all rows, and of each resample
-    "A set and its bootstrap resamples in one pass: a row counts as often as a Poisson number of mean 1 says, and nothing but the statistics is kept (Chamandy et al. 2012)."
-    whole, drawn = Statistics(), [Statistics()] * resamples
-    for rows in [batches] if hasattr(batches, "shape") else batches:
-        rows = as_rows(rows)
-        whole += Statistics(rows)
-        counts = rng.poisson(1., (len(rows), resamples)).T
-        drawn = [one + Statistics(rows.repeat(often, axis=0)) if often.any() else one for one, often in zip(drawn, counts, strict=True)]
-    return whole, drawn
-
-
-def frechet_interval(
-    real, fake,     # Features `n d`, or an iterable of batches of them
-    resamples=100, seed=0,
-) -> tuple:         # Value, low, high
-    """Fréchet distance and its 95 % bootstrap interval over the clips of both sets, in memory that does not grow with their number; a warning for fewer than 256. Drawing clips twice makes sets poorer and the distance larger; the
-    interval is moved back by that excess. It says how much the number hangs on the clips, on the wide side, and nothing of its bias."""
-    (real, drawn_real), (fake, drawn_fake) = (resampled(rows, resamples, np.random.default_rng((seed, which))) for which, rows in enumerate((real, fake)))
-    if min(real.n, fake.n) < 256: warnings.warn(f"{real.n} real and {fake.n} generated clips: under 256 a Fréchet distance says little, take more", stacklevel=2)
-    value = frechet_distance(real, fake)
-    drawn = np.array([frechet_distance(a, b) for a, b in zip(drawn_real, drawn_fake, strict=True) if min(a.n, b.n) > 1])
-    low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value) if len(drawn) else (value, value)
-    return value, max(0., float(low)), float(high)
-
-# %% ../../nbs/metrics/quality.ipynb #13m-51
-def inception_score(
-    probabilities,  # `n k`, rows that sum to one
-    splits: int = 10,
-) -> tuple:         # Mean over the parts, and deviation
-    "exp of the mean KL divergence of the rows from their mean, in each part; ValueError for fewer clips than parts or rows that are no probabilities."
-    p = np.asarray(probabilities, dtype=np.float64)
-    if splits < 1: raise ValueError(f"splits={splits}: at least one part, ten as it is published")
-    if p.ndim != 2 or len(p) < splits: raise ValueError(f"probabilities of shape {p.shape} for {splits} parts: give rows `n k`, at least one a part")
-    if not np.isfinite(p).all(): raise ValueError(f"{int((~np.isfinite(p)).any(1).sum())} of {len(p)} rows of probabilities hold values that are not numbers")
-    if not (p >= 0).all() or np.abs(p.sum(1) - 1).max() > 1e-3: raise ValueError("probabilities holds rows that are negative or do not sum to one: give the softmax of a classifier")
-    log = lambda v: np.log(np.maximum(v, 1e-20))
-    scores = [np.exp((part * (log(part) - log(part.mean(0)))).sum(1).mean()) for part in np.array_split(p, splits)]
-    return float(np.mean(scores)), float(np.std(scores))
-
-# %% ../../nbs/metrics/quality.ipynb #13m-61
-def check_units(vectors, what):
-    "ValueError where CLIP's vectors are no numbers or not of length 1."
-    if not vectors.isfinite().all(): raise ValueError(f"{what} hold values that are not numbers")
-    far = (vectors.norm(dim=-1) - 1).abs().max().item()
-    if far > 1e-2: raise ValueError(f"{what} have lengths off from 1 by {far:.3g}: give unit vectors, as ClipExtractor gives")
-
-
-def clipsim(
-    frames: torch.Tensor,  # `b t d`, unit vectors of `ClipExtractor`
-    texts: torch.Tensor,   # `b d`, unit vectors of their texts
-) -> torch.Tensor:
-    "Mean cosine of the frames of each clip with its text, in [-1, 1]."
-    if frames.ndim != 3 or texts.shape != (frames.shape[0], frames.shape[2]): raise ValueError(f"frames of shape {tuple(frames.shape)} and texts of {tuple(texts.shape)}: give `b t d` and `b d`")
-    if 0 in frames.shape: raise ValueError(f"frames of shape {tuple(frames.shape)}: give at least one frame of one clip")
-    check_units(frames, "frames"), check_units(texts, "texts")
-    return (frames.double() * texts.double()[:, None]).sum(-1).mean(1)
-
-
-def fc_consecutive(
-    frames: torch.Tensor,  # `b t d`, unit vectors of `ClipExtractor`
-) -> torch.Tensor:
-    "Mean cosine of successive frames of each clip, in [-1, 1]; ValueError for a single frame."
-    if frames.ndim != 3 or frames.shape[1] < 2: raise ValueError(f"frames of shape {tuple(frames.shape)}: give `b t d` with at least two frames")
-    check_units(frames, "frames")
-    return (frames[:, 1:].double() * frames[:, :-1].double()).sum(-1).mean(1)

@@ -7,7 +7,7 @@ __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'vide
            'load_translated', 'pretrained', 'load_image_unet', 'adapter_config', 'load_motion_adapter', 'is_video_unet',
            'load_video_unet', 'load_init']
 
-# %% ../../nbs/models/pretrained.ipynb #05-03
+# %% ../../nbs/models/pretrained.ipynb #pretrained-02
 import inspect
 import re
 from dataclasses import dataclass
@@ -17,14 +17,15 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 from torch import nn
 
-from .unet import SD15, SD21, VersVideoUNet
+from .sizes import SD15, SD21
+from .unet import VersVideoUNet
 
-# %% ../../nbs/models/pretrained.ipynb #05-06
+# %% ../../nbs/models/pretrained.ipynb #pretrained-07
 DESCRIBED = {"in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
              "attention_head_dim", "num_attention_heads", "cross_attention_dim", "norm_num_groups"}
 HARMLESS = {"sample_size", "use_linear_projection", "upcast_attention", "dropout"}   # nothing that the weights would show
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-08
 def video_config(
     image: dict  # Config of a `UNet2DConditionModel`
 ) -> dict:       # Arguments of a `VersVideoUNet` of the same widths; ValueError for another family
@@ -46,7 +47,7 @@ def video_config(
                 attention_levels=attend, head_dim=tuple(c // n for c, n in zip(widths, heads, strict=True)),
                 cross_attention_dim=image["cross_attention_dim"], norm_groups=image["norm_num_groups"])
 
-# %% ../../nbs/models/pretrained.ipynb #05-11
+# %% ../../nbs/models/pretrained.ipynb #pretrained-13
 IMAGE_NAMES = {
     r"^(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.": r"\1.\2.\3.res.",
     r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.": r"\1.\2.\3.spatial.",
@@ -77,7 +78,7 @@ ADAPTER_NAMES = {
     r"\.ff\.net\.2\.": ".experts.contract.",
 }
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-14
 def translate(
     name: str,    # Of a parameter
     rules: dict,  # Pattern to replacement, applied in turn
@@ -86,7 +87,7 @@ def translate(
     for pattern, replacement in rules.items(): name = re.sub(pattern, replacement, name)
     return name
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-15
 @dataclass(frozen=True)
 class Report:
     "What became of every key when weights were loaded."
@@ -99,7 +100,7 @@ class Report:
         example = {"mapped": " → ".join(next(iter(self.mapped.items()))), "computed": self.computed[:1], "kept": self.kept[:1]}
         return [dict(kind=k, keys=len(getattr(self, k)), example=e if isinstance(e, str) else "".join(e)) for k, e in example.items()]
 
-# %% ../../nbs/models/pretrained.ipynb #05-15
+# %% ../../nbs/models/pretrained.ipynb #pretrained-19
 @torch.no_grad()
 def load_translated(
     unet: VersVideoUNet,       # Changed in place
@@ -127,7 +128,7 @@ def load_translated(
     for name, value in values.items(): mine[name].copy_(value)
     return Report(mapped, [k for k in weights if k not in mapped], [n for n in mine if n not in mapped.values()])
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-20
 def pretrained(kind, source, **where):
     "The model itself, or read from a folder or a hub id; safetensors only."
     if isinstance(source, kind): return source
@@ -136,7 +137,7 @@ def pretrained(kind, source, **where):
     except OSError as error:
         raise FileNotFoundError(f"{source} holds no {kind.__name__} as safetensors, here or on the hub ({error}): give its folder or its hub id") from error
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-21
 def load_image_unet(
     unet: VersVideoUNet,                        # Changed in place
     image: UNet2DConditionModel | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
@@ -152,7 +153,7 @@ def load_image_unet(
                              "VersVideoUNet(**video_config(image.config))")
     return load_translated(unet, image.state_dict(), IMAGE_NAMES)
 
-# %% ../../nbs/models/pretrained.ipynb #05-25
+# %% ../../nbs/models/pretrained.ipynb #pretrained-31
 def adapter_config(
     image: dict,    # Config of a `UNet2DConditionModel`
     adapter: dict,  # Config of a `MotionAdapter`
@@ -175,7 +176,7 @@ def adapter_config(
     if wrong: raise ValueError(f"this motion adapter does not fit the image UNet: {wrong}; here it must be { {n: wanted[n][1] for n in wrong} }")
     return config | dict(temporal_levels=(True,) * levels, temporal_attentions=2)
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-32
 def load_motion_adapter(
     unet: VersVideoUNet,                  # Changed in place
     adapter: MotionAdapter | str | Path,  # The model, its folder or its hub id
@@ -187,7 +188,7 @@ def load_motion_adapter(
         if name.endswith(".temporal.proj_in.weight"): nn.init.zeros_(unet.get_submodule(name.removesuffix(".proj_in.weight")).position_gain)
     return report
 
-# %% ../../nbs/models/pretrained.ipynb #05-30
+# %% ../../nbs/models/pretrained.ipynb #pretrained-37
 HUB = {"sd15": SD15, "sd21": SD21, "adapter": "guoyww/animatediff-motion-adapter-v1-5-2"}
 
 
@@ -199,7 +200,7 @@ def is_video_unet(
     try: return VersVideoUNet.load_config(source, **where).get("_class_name") == "VersVideoUNet"
     except OSError: return False
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-38
 def load_video_unet(
     unet: VersVideoUNet,                 # Changed in place
     video: VersVideoUNet | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
@@ -212,7 +213,7 @@ def load_video_unet(
             raise ValueError(f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: choose the size that it was trained at")
     return load_translated(unet, video.state_dict(), {})
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-39
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or a trained video model: each a folder, a hub id or a name in `HUB`

@@ -6,7 +6,7 @@
 __all__ = ['RESTORE', 'plain_config', 'change_config', 'cast_weights', 'quiet_bars', 'save_model', 'save_pipeline',
            'weight_files', 'read_object', 'needed_files', 'count_stored', 'check_saved', 'check_loaded']
 
-# %% ../../nbs/models/saving.ipynb #17-04
+# %% ../../nbs/models/saving.ipynb #saving-02
 import contextlib
 import math
 import shutil
@@ -20,16 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path
+from ..core.records import read_json, write_json
 
-# %% ../../nbs/models/saving.ipynb #17-05b
+# %% ../../nbs/models/saving.ipynb #saving-07
 def plain_config(
     model: ConfigMixin,  # Any model or scheduler of diffusers
 ) -> dict:
     "Its config, ready for a record: without what diffusers keeps there for itself."
     return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
-
+# %% ../../nbs/models/saving.ipynb #saving-08
 def change_config(
     model: ConfigMixin,  # Changed in place
     **changes,           # Names and values
@@ -38,7 +39,7 @@ def change_config(
     defaults = [name for name in model.config.get("_use_default_values", []) if name not in changes]
     model.register_to_config(**changes, _use_default_values=defaults)
 
-# %% ../../nbs/models/saving.ipynb #17-07
+# %% ../../nbs/models/saving.ipynb #saving-12
 def cast_weights(
     path: str | Path,    # A safetensors file, replaced
     dtype: torch.dtype,  # Of all its floating-point tensors from now on
@@ -56,7 +57,7 @@ def cast_weights(
     with atomic_path(path) as temp:
         save_file(tensors, temp, metadata)
 
-# %% ../../nbs/models/saving.ipynb #17-11
+# %% ../../nbs/models/saving.ipynb #saving-16
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
     "Turn the progress bars of diffusers and transformers off, then on again where they were on."
@@ -70,7 +71,7 @@ def quiet_bars() -> Iterator[None]:
         for library in libraries:
             library.enable_progress_bar()
 
-# %% ../../nbs/models/saving.ipynb #17-12
+# %% ../../nbs/models/saving.ipynb #saving-17
 def _cast_and_forget(folder, dtype):
     "Weights in `dtype`; where a part came from is nobody's business."
     for path in folder.rglob("*.safetensors"):
@@ -78,7 +79,7 @@ def _cast_and_forget(folder, dtype):
     for path in (*folder.glob("model_index.json"), *folder.rglob("config.json")):
         write_json(path, {k: v for k, v in read_json(path).items() if k != "_name_or_path"})
 
-
+# %% ../../nbs/models/saving.ipynb #saving-18
 def save_model(
     model: torch.nn.Module,              # A model of diffusers, stays as it is in memory
     folder: str | Path,                  # Made, or replaced
@@ -90,7 +91,7 @@ def save_model(
         _cast_and_forget(temp, dtype)
     return Path(folder)
 
-
+# %% ../../nbs/models/saving.ipynb #saving-19
 def save_pipeline(
     pipe: DiffusionPipeline,             # Stays as it is in memory
     folder: str | Path,                  # Made, or replaced
@@ -106,7 +107,7 @@ def save_pipeline(
                 (shutil.copytree if other.is_dir() else shutil.copy2)(other, temp / other.name)
     return folder
 
-# %% ../../nbs/models/saving.ipynb #17-17
+# %% ../../nbs/models/saving.ipynb #saving-24
 RESTORE = "restore it (git checkout, pip install --force-reinstall, or copy the folder again)"
 
 
@@ -120,7 +121,7 @@ def weight_files(
         return [Path(folder) / f"{name}.safetensors"]
     return [Path(folder) / piece for piece in sorted(set(read_json(index)["weight_map"].values()))]
 
-
+# %% ../../nbs/models/saving.ipynb #saving-25
 def read_object(
     path: str | Path  # A JSON file
 ) -> dict:
@@ -130,7 +131,7 @@ def read_object(
         raise ValueError(f"{path} holds no settings: {RESTORE}")
     return found
 
-
+# %% ../../nbs/models/saving.ipynb #saving-26
 def needed_files(
     folder: str | Path,                # Folder of a saved pipeline
 ) -> tuple[list[Path], list[Path]]:    # Configs, weights
@@ -155,7 +156,7 @@ def needed_files(
             weights += weight_files(Path(folder) / part, name)
     return configs, weights
 
-# %% ../../nbs/models/saving.ipynb #17-21
+# %% ../../nbs/models/saving.ipynb #saving-30
 def count_stored(
     path: str | Path,  # A safetensors file
 ) -> int:
@@ -167,7 +168,7 @@ def count_stored(
         raise ValueError(f"{path} ({Path(path).stat().st_size} bytes) is truncated or damaged "
                          f"({error}): {RESTORE}") from error
 
-
+# %% ../../nbs/models/saving.ipynb #saving-31
 def check_saved(
     folder: str | Path,  # Folder of a saved pipeline
 ) -> int:                # How many numbers all its weights hold
@@ -182,7 +183,7 @@ def check_saved(
         read_json(path)
     return sum(count_stored(path) for path in weights)
 
-# %% ../../nbs/models/saving.ipynb #17-26
+# %% ../../nbs/models/saving.ipynb #saving-36
 def check_loaded(
     pipe: DiffusionPipeline,  # Just loaded
     folder: str | Path,       # From here, for the message

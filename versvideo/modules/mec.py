@@ -6,13 +6,13 @@
 __all__ = ['temporal_shift', 'SpatialTemporalExcitation', 'ChannelExcitation', 'tap_means', 'MotionExcitation',
            'MultiExcitationConv']
 
-# %% ../../nbs/modules/mec.ipynb #02-03
+# %% ../../nbs/modules/mec.ipynb #mec-02
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-# %% ../../nbs/modules/mec.ipynb #02-06
+# %% ../../nbs/modules/mec.ipynb #mec-07
 def temporal_shift(
     x: torch.Tensor,      # Features, `b c t h w`
     share: float = 1/8,   # Share of the channels sent each way, 0 to 1/2
@@ -26,7 +26,7 @@ def temporal_shift(
     earlier = F.pad(earlier, (0, 0, 0, 0, 0, 1))[:, :, 1:]
     return torch.cat([later, earlier, still], dim=1)
 
-# %% ../../nbs/modules/mec.ipynb #02-13
+# %% ../../nbs/modules/mec.ipynb #mec-14
 class SpatialTemporalExcitation(nn.Module):
     "Mask `b 1 t h w` in (0, 1) from the channel mean of its input `b c t h w` (equation 3)."
     def __init__(self):
@@ -35,7 +35,7 @@ class SpatialTemporalExcitation(nn.Module):
 
     def forward(self, x): return self.conv(x.mean(1, keepdim=True)).sigmoid()
 
-# %% ../../nbs/modules/mec.ipynb #02-18
+# %% ../../nbs/modules/mec.ipynb #mec-19
 class ChannelExcitation(nn.Module):
     "Mask `b c t 1 1` in (0, 1) from the spatial mean of its input `b c t h w` (equation 4)."
     def __init__(
@@ -53,7 +53,7 @@ class ChannelExcitation(nn.Module):
         c3 = self.extend(self.temporal(self.squeeze(x.mean((3, 4)))))
         return c3.sigmoid()[..., None, None]
 
-# %% ../../nbs/modules/mec.ipynb #02-23
+# %% ../../nbs/modules/mec.ipynb #mec-24
 def tap_means(
     x: torch.Tensor  # `b c t h w`
 ) -> torch.Tensor:   # `b c 3 3 t`; the middle is the mean of the frame
@@ -64,7 +64,7 @@ def tap_means(
     every = taps(x.mean((3, 4)), x[..., 0].mean(3) / w, x[..., -1].mean(3) / w)
     return taps(every, row(x[:, :, :, 0]), row(x[:, :, :, -1]))
 
-
+# %% ../../nbs/modules/mec.ipynb #mec-25
 class MotionExcitation(nn.Module):
     "Mask `b c t 1 1` in (0, 1) from the differences of neighbouring frames of its input `b c t h w` (equation 5)."
     def __init__(
@@ -87,7 +87,7 @@ class MotionExcitation(nn.Module):
 
     def forward(self, x): return self.extend(self.differences(x)).sigmoid()[..., None, None]
 
-# %% ../../nbs/modules/mec.ipynb #02-28
+# %% ../../nbs/modules/mec.ipynb #mec-30
 class MultiExcitationConv(nn.Module):
     "MEC: factorized 2D+1D convolution plus the three excited branches; `b c t h w` to the same shape (Figure 1)."
     def __init__(

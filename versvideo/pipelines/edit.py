@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'check_names', 'edit_clip', 'save_edit', 'Batch', 'rehearse', 'edit_files', 'parse_pairs']
 
-# %% ../../nbs/pipelines/edit.ipynb #12e-03
+# %% ../../nbs/pipelines/edit.ipynb #edit-02
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from ..core.checks import pick
 from ..data.conditions import extract_condition
-from ..core.files import pick
-from .text_to_video import VersVideoPipeline
 from ..media.show import clip_grid, contact_sheet
 from ..media.video import VIDEO_SUFFIXES, read_clip, write_video
+from .text_to_video import VersVideoPipeline
 
-# %% ../../nbs/pipelines/edit.ipynb #12e-08
+# %% ../../nbs/pipelines/edit.ipynb #edit-07
 @dataclass
 class Edit:
     "A video, what was taken from it, and what was drawn."
@@ -33,7 +33,7 @@ class Edit:
         seen = {name: clip[0, :3].expand(3, -1, -1, -1) * 2 - 1 for name, clip in self.maps.items()}
         return {"input": self.clip[0] / 127.5 - 1, **seen, f"result: {self.prompt}": self.result[0]}
 
-
+# %% ../../nbs/pipelines/edit.ipynb #edit-08
 def check_names(pipe, conditions, options, **settings) -> tuple:
     "Names of conditions, each one that the model was trained on, and each with options or settings one of them; ValueError otherwise."
     names = tuple(filter(None, (name.strip() for name in conditions.split(",")))) if isinstance(conditions, str) else tuple(conditions)
@@ -44,7 +44,7 @@ def check_names(pipe, conditions, options, **settings) -> tuple:
         for name in given if isinstance(given, dict) else (): pick(dict.fromkeys(names), name, f"condition of {what}")
     return names
 
-
+# %% ../../nbs/pipelines/edit.ipynb #edit-09
 def edit_clip(
     pipe: VersVideoPipeline,
     clip: torch.Tensor,        # uint8 `1 3 t h w`
@@ -61,7 +61,7 @@ def edit_clip(
     videos = pipe(prompt, num_frames=t, height=h, width=w, conditions=maps or None, **arguments).videos
     return Edit(prompt, clip, maps, videos.cpu() * 2 - 1)
 
-
+# %% ../../nbs/pipelines/edit.ipynb #edit-10
 def save_edit(
     edit: Edit,
     folder: str | Path,
@@ -76,14 +76,14 @@ def save_edit(
     contact_sheet(list(rows.values()), list(rows)).save(folder / f"{name}.jpg", quality=90)
     return [*files, folder / f"{name}.jpg"]
 
-# %% ../../nbs/pipelines/edit.ipynb #12e-13
+# %% ../../nbs/pipelines/edit.ipynb #edit-15
 @dataclass
 class Batch:
     "What became of several videos."
     edits: dict = field(default_factory=dict)  # File name to `Edit`
     bad: dict = field(default_factory=dict)    # File name to what is wrong
 
-
+# %% ../../nbs/pipelines/edit.ipynb #edit-16
 def rehearse(pipe, size, prompt, arguments):
     "One step on a blank clip: what is wrong with the arguments is found before any video is read, and not in each."
     def stop(pipe, *_):
@@ -93,7 +93,7 @@ def rehearse(pipe, size, prompt, arguments):
         warnings.simplefilter("ignore")   # the videos give them again
         edit_clip(pipe, torch.zeros(1, 3, *size, dtype=torch.uint8), prompt, **arguments | dict(callback_on_step_end=stop))
 
-
+# %% ../../nbs/pipelines/edit.ipynb #edit-17
 def edit_files(
     pipe: VersVideoPipeline,
     video: str | Path,  # A file or a folder
@@ -128,7 +128,7 @@ def edit_files(
     if done.bad: warnings.warn(f"{len(done.bad)} of {len(paths)} videos left out: {'; '.join(done.bad.values())}", stacklevel=2)
     return done
 
-# %% ../../nbs/pipelines/edit.ipynb #12e-18
+# %% ../../nbs/pipelines/edit.ipynb #edit-21
 def parse_pairs(
     text: str,  # name=value,name=value, or nothing
     what: str,  # What it is called, for the message

@@ -6,7 +6,7 @@
 __all__ = ['PICKLES', 'whole', 'spread', 'Parts', 'checkpoint_step', 'checkpoints', 'link', 'flush', 'write_checkpoint',
            'save_checkpoint', 'load_checkpoint']
 
-# %% ../../nbs/trainers/checkpoints.ipynb #14k-03
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-02
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..core.files import read_json, write_json
+from ..core.records import read_json, write_json
 
-# %% ../../nbs/trainers/checkpoints.ipynb #14k-11
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-07
 def whole(
     tensor: torch.Tensor,
     keep: bool = True,  # False where only another process needs it
@@ -31,13 +31,13 @@ def whole(
     if isinstance(tensor, DTensor): tensor = tensor.full_tensor()
     return tensor.detach().cpu() if keep else None
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-08
 def spread(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     "A complete tensor where and as `like` lies."
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-09
 @dataclass
 class Parts:
     "What of a training is made of tensors."
@@ -72,23 +72,25 @@ class Parts:
                 if moments[name]: self.optimizer.state[p] = {key: spread(value, p if value.shape == p.shape else torch.empty(0, device=p.device)).clone() for key, value in moments[name].items()}
             if self.ema: self.ema.shadow_params, self.ema.optimization_step = [spread(found["ema"][name], p).clone() for name, p in params.items()], int(found["ema"]["/steps"])
 
-# %% ../../nbs/trainers/checkpoints.ipynb #14k-21
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-13
 def checkpoint_step(path): return int(path.name.removeprefix("step-"))
+
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-14
 def checkpoints(folder): return sorted((p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()), key=checkpoint_step)
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-15
 def link(source, target):
     "A second name for a file, or a copy where the disk knows no such thing."
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-16
 def flush(folder: Path):
     "Wait until the disk has the files of a folder: renamed before, a power cut leaves a name without its bytes."
     for path in folder.iterdir():
         with open(path, "rb+") as file: os.fsync(file.fileno())
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-17
 def write_checkpoint(folder: Path, step: int, tensors: dict, notes: dict, keep: int, best: bool):
     "Write `folder/step-NNNNNN`, `best` where it is, and remove what is too old."
     target, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
@@ -109,7 +111,7 @@ def write_checkpoint(folder: Path, step: int, tensors: dict, notes: dict, keep: 
         raise
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-18
 def save_checkpoint(
     processes,      # Of accelerate: an Accelerator or PartialState
     folder: Path,
@@ -129,10 +131,10 @@ def save_checkpoint(
         left = checkpoints(folder)
         raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({error[0]}): make room or bring the folder back; " + (f"{left[-1].name} is whole" if left else "there is none yet"))
 
-# %% ../../nbs/trainers/checkpoints.ipynb #14k-31
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-22
 PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
 
-
+# %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-23
 def load_checkpoint(
     folder: Path,
     parts: Parts,  # Filled from the newest checkpoint

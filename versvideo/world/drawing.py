@@ -6,14 +6,14 @@
 __all__ = ['COLOURS', 'BACKGROUNDS', 'SHAPES', 'STYLES', 'TEXTURES', 'REACH', 'EXTENT', 'palette', 'outline', 'distance',
            'blocky_distance', 'tables', 'Scene', 'take', 'on_grid', 'paint_background', 'render']
 
-# %% ../../nbs/world/drawing.ipynb #18-02
+# %% ../../nbs/world/drawing.ipynb #drawing-02
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-# %% ../../nbs/world/drawing.ipynb #18-05
+# %% ../../nbs/world/drawing.ipynb #drawing-05
 COLOURS = {"red": (230, 30, 30), "green": (40, 215, 50), "blue": (50, 90, 255),
            "yellow": (255, 230, 40), "cyan": (40, 225, 240), "magenta": (240, 50, 220),
            "orange": (255, 140, 20), "white": (250, 250, 250)}
@@ -24,14 +24,14 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 STYLES = ("flat", "outline", "gradient", "dotted", "pixelated", "striped")
 TEXTURES = ("plain", "stripes", "checker", "dots")
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-06
 def palette(
     table: dict,  # `COLOURS` or `BACKGROUNDS`
 ) -> np.ndarray:  # n 3, float32 in [0, 255]
     "The colours of a table as an array, in its order."
     return np.array(list(table.values()), np.float32)
 
-# %% ../../nbs/world/drawing.ipynb #18-10
+# %% ../../nbs/world/drawing.ipynb #drawing-11
 REACH = 1.4    # The tables cover [-REACH, REACH] in units of the object's radius
 EXTENT = 1.12  # No shape reaches further than this from its centre
 
@@ -41,7 +41,7 @@ def _ring(n, radius, start=0.0):
     a = 2 * np.pi * (np.arange(n) + start) / n
     return np.stack([radius * np.sin(a), -radius * np.cos(a)], 1)
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-12
 def outline(
     shape: str,    # One of `SHAPES`
 ) -> np.ndarray:   # Corners, n 2, rounded to 1/1024
@@ -64,7 +64,7 @@ def outline(
         points = np.stack([16 * np.sin(t) ** 3, -y - 1.5], 1) / 16.5
     return np.rint(points * 1024) / 1024
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-13
 def distance(
     points: np.ndarray,  # Corners of a closed polygon, n 2
     x: np.ndarray,       # Where to measure; `y` has a shape that broadcasts with it
@@ -81,7 +81,7 @@ def distance(
             inside ^= ((ay > y) != (by > y)) & (px < py * ex / ey)
     return np.where(inside, -1, 1) * np.sqrt(best)
 
-# %% ../../nbs/world/drawing.ipynb #18-14
+# %% ../../nbs/world/drawing.ipynb #drawing-17
 _BLOCK = 0.24  # Side of a block of the style "pixelated"
 
 
@@ -99,7 +99,7 @@ def blocky_distance(points, x, y) -> np.ndarray:
         empty_near = np.where(on, empty_near, np.minimum(empty_near, gap))
     return full_near - empty_near
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-18
 @functools.cache
 def tables(
     n: int,  # Side of the tables
@@ -117,7 +117,7 @@ def tables(
     shades = [shade.get(style, np.ones_like(x)) for style in STYLES]
     return np.stack(shapes).astype(np.float32), np.stack(shades).astype(np.float32)
 
-# %% ../../nbs/world/drawing.ipynb #18-18
+# %% ../../nbs/world/drawing.ipynb #drawing-22
 @dataclass
 class Scene:
     "b clips of t frames with up to two objects; names are indices into the tables above."
@@ -135,7 +135,7 @@ class Scene:
     angle: np.ndarray       # b 2 t, radians, clockwise on the screen
     depth: np.ndarray       # b 2 t, smaller is nearer; the background has 1
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-23
 def take(
     rows: SimpleNamespace | Scene,  # Arrays with a common first axis
     keep: slice | np.ndarray,       # What to keep of that axis
@@ -143,12 +143,12 @@ def take(
     "The chosen rows of every array."
     return type(rows)(**{name: value[keep] for name, value in vars(rows).items()})
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-24
 def on_grid(value: np.ndarray) -> np.ndarray:
     "Rounded to multiples of 1/1024, as float32."
     return (np.rint(value * 1024) / 1024).astype(np.float32)
 
-# %% ../../nbs/world/drawing.ipynb #18-21
+# %% ../../nbs/world/drawing.ipynb #drawing-27
 def _tone(texture, u, v, cell):
     "0 to 1 over the frame from the distances u, v (periods) to the middle of a cell `cell` wide."
     if TEXTURES[texture] == "dots":
@@ -156,7 +156,7 @@ def _tone(texture, u, v, cell):
     a, b = (np.clip(0.5 + (z - 0.25) * cell, 0, 1) for z in (u, v))
     return a + 0 * b if TEXTURES[texture] == "stripes" else a + b - 2 * a * b
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-28
 def paint_background(
     canvas: np.ndarray,  # b 3 t h w, uint8, filled in place
     scene: Scene,
@@ -174,7 +174,7 @@ def paint_background(
         tone = _tone(texture, u[:, :, None, :], v[:, :, :, None], cell[..., None])
         canvas[at] = np.clip(rgb[at] + 36 * tone[:, None] - 17.5, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/world/drawing.ipynb #18-24
+# %% ../../nbs/world/drawing.ipynb #drawing-31
 def _sprites(scene, h, w):
     "One row per visible object and frame, in pixels."
     b, k, t = np.nonzero(np.broadcast_to(scene.present[..., None], scene.x.shape))
@@ -190,7 +190,7 @@ def _sprites(scene, h, w):
         rank=rank[b, k, t], style=style, rgb=palette(COLOURS)[scene.colour[b, k]],
         kind=scene.shape[b, k] + len(SHAPES) * (style == STYLES.index("pixelated")))
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-32
 def _boxes(sprite, h, w):
     "Pixel numbers (n box box) of a box around each sprite; pixel centres relative to its centre."
     box = min(int(np.ceil(2 * EXTENT * sprite.r.max())) + 2, h, w)
@@ -202,7 +202,7 @@ def _boxes(sprite, h, w):
     half = np.float32(0.5)
     return cell, grid + (x0 + half - sprite.x)[:, None], grid + (y0 + half - sprite.y)[:, None]
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-33
 def _layer(sprite, h, w):
     "Pixel numbers, alpha and shade (n box box each; shade None means 1) of sprites of one style."
     n = 513 if min(h, w) <= 128 else 1025
@@ -226,7 +226,7 @@ def _layer(sprite, h, w):
         return cell, alpha, None
     return cell, alpha, shades[sprite.style[0]].reshape(-1).take(index)
 
-# %% ../../nbs/world/drawing.ipynb #18-28
+# %% ../../nbs/world/drawing.ipynb #drawing-37
 def _paint(canvas, sprite, truth):
     "Draws sprites of one style, at most one a frame, over the canvas, or into the truth."
     _, channels, frames, h, w = canvas.shape
@@ -251,7 +251,7 @@ def _paint(canvas, sprite, truth):
         over += np.float32(0.5)
         flat[at] = over.astype(np.uint8)
 
-
+# %% ../../nbs/world/drawing.ipynb #drawing-38
 def render(
     scene: Scene,
     canvas: np.ndarray,  # b 3 t h w, uint8, contiguous, painted in place

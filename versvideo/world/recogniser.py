@@ -6,7 +6,7 @@
 __all__ = ['TURNS', 'GRID', 'SPEEDS', 'read_background', 'read_silhouettes', 'read_colour', 'templates', 'read_track',
            'fit_shapes', 'read_motion', 'recognise', 'score']
 
-# %% ../../nbs/world/recogniser.ipynb #19-02
+# %% ../../nbs/world/recogniser.ipynb #recogniser-02
 import functools
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from .drawing import BACKGROUNDS, COLOURS, REACH, SHAPES, palette, tables
 
-# %% ../../nbs/world/recogniser.ipynb #19-07
+# %% ../../nbs/world/recogniser.ipynb #recogniser-07
 def read_background(
     video: np.ndarray,  # b 3 t h w, float32 in [0, 255]
 ) -> tuple[np.ndarray, np.ndarray]:  # Index into BACKGROUNDS or -1, b; distance to it, b t h w
@@ -31,11 +31,13 @@ def read_background(
     off -= np.clip(off.mean(1, keepdims=True), -20, 20)
     return np.where(votes.max(1) > 0.25, best, -1), np.sqrt((off ** 2).sum(1))
 
-# %% ../../nbs/world/recogniser.ipynb #19-10
+# %% ../../nbs/world/recogniser.ipynb #recogniser-10
 _PLANE = np.zeros((3, 3, 3), int)  # Neighbours are pixels of one frame, never of two
+
+
 _PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-11
 def read_silhouettes(
     distance: np.ndarray,  # b t h w, from `read_background`
 ) -> np.ndarray:           # b t h w, bool; empty where a frame shows nothing
@@ -54,7 +56,7 @@ def read_silhouettes(
     best = weight.max((1, 2), keepdims=True)
     return ((weight == best) & (best > 0)).reshape(b, t, h, w)
 
-# %% ../../nbs/world/recogniser.ipynb #19-13
+# %% ../../nbs/world/recogniser.ipynb #recogniser-14
 def read_colour(
     video: np.ndarray,     # b 3 t h w, float32 in [0, 255]
     distance: np.ndarray,  # b t h w
@@ -73,7 +75,7 @@ def read_colour(
         out.append(int(np.argmin(np.median(error, 0))))
     return np.array(out)
 
-# %% ../../nbs/world/recogniser.ipynb #19-16
+# %% ../../nbs/world/recogniser.ipynb #recogniser-17
 TURNS, GRID = 60, 32  # Orientations a silhouette is compared in, side of its normalised picture
 _AXIS = (np.arange(GRID) + 0.5) / GRID * 2 - 1  # Pixel centres, in units of the root of the area
 SPEEDS = np.arange(-345, 360, 15)  # Degrees a clip
@@ -84,7 +86,7 @@ def _unit(pictures):
     pictures = pictures - pictures.mean(-1, keepdims=True)
     return pictures / np.maximum(np.linalg.norm(pictures, axis=-1, keepdims=True), 1e-6)
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-18
 @functools.cache
 def templates() -> np.ndarray:  # 2 x shapes, TURNS, GRID**2
     "Silhouettes of the shapes in every orientation, centred, of area 1, as unit vectors."
@@ -102,7 +104,7 @@ def templates() -> np.ndarray:  # 2 x shapes, TURNS, GRID**2
         out.append(np.clip(0.5 - near / pixel, 0, 1).reshape(TURNS, -1))
     return _unit(np.stack(out)).astype(np.float32)
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-19
 def read_track(
     mask: np.ndarray,  # b t h w, bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # x, y, area in pixels, b t; NaN where empty
@@ -114,7 +116,7 @@ def read_track(
     y = (mask.sum(3) * (np.arange(h) + 0.5)).sum(-1) / area
     return x, y, area
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-20
 def fit_shapes(
     mask: np.ndarray,  # b t h w, bool
 ) -> np.ndarray:       # Mean correlation of each shape turning at each of SPEEDS, b shapes speeds
@@ -136,7 +138,7 @@ def fit_shapes(
              for row in moved]
     return np.stack(score, -1).reshape(b, 2, len(SHAPES), -1).max(1)
 
-# %% ../../nbs/world/recogniser.ipynb #19-20
+# %% ../../nbs/world/recogniser.ipynb #recogniser-24
 def read_motion(
     x: np.ndarray,       # Track, b t, as a fraction of the frame
     y: np.ndarray,
@@ -168,7 +170,7 @@ def read_motion(
     inner = np.where(abs(growth) > np.log(1.3), np.where(growth > 0, "grow", "shrink"), inner)
     return np.where(moves, names[(size > 0).astype(int), best], inner)
 
-# %% ../../nbs/world/recogniser.ipynb #19-23
+# %% ../../nbs/world/recogniser.ipynb #recogniser-27
 def _gaps_filled(rows):
     "NaN values replaced by interpolation along each row, then the middle of three neighbours."
     n = np.arange(rows.shape[1])
@@ -177,7 +179,7 @@ def _gaps_filled(rows):
     wide = np.pad(rows, ((0, 0), (1, 1)), mode="edge")
     return np.median([wide[:, :-2], rows, wide[:, 2:]], 0)
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-28
 def _recognise(video):
     "`recognise` for a few clips, b 3 t h w, float32 in [0, 255]."
     h, w = video.shape[-2:]
@@ -198,7 +200,7 @@ def _recognise(video):
              "background": list(BACKGROUNDS)[background[i]] if background[i] >= 0 else None}
             for i in range(len(video))]
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-29
 def recognise(
     clips: torch.Tensor,  # b 3 t h w, uint8 in [0, 255] or float in [-1, 1]
 ) -> list[dict]:          # colour, shape, motion, background of each clip; None where unreadable
@@ -215,7 +217,7 @@ def recognise(
         out += _recognise(video.nan_to_num().numpy())
     return out
 
-# %% ../../nbs/world/recogniser.ipynb #19-28
+# %% ../../nbs/world/recogniser.ipynb #recogniser-34
 def score(
     recognised: list[dict],  # From `recognise`
     truth: list[dict],       # Attributes of the same clips, as `MovingShapes` gives them

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AXIS', 'RIM', 'BLUR', 'paints', 'style_errors', 'read_style']
 
-# %% ../../nbs/world/styles.ipynb #19s-03
+# %% ../../nbs/world/styles.ipynb #styles-03
 import functools
 
 import numpy as np
@@ -13,14 +13,16 @@ import torch
 from scipy import ndimage
 
 from .drawing import BACKGROUNDS, COLOURS, REACH, SHAPES, STYLES, palette, tables
-from .recogniser import GRID, TURNS, fit_shapes, read_background, read_colour, read_silhouettes, read_track
+from versvideo.world.recogniser import (
+    GRID, TURNS, fit_shapes, read_background, read_colour, read_silhouettes, read_track,
+)
 
-# %% ../../nbs/world/styles.ipynb #19s-06
+# %% ../../nbs/world/styles.ipynb #styles-06
 AXIS = (np.arange(GRID) + 0.5) / GRID * 2 - 1   # Pixel centres, in units of the root of the area
 RIM = 0.27                                      # Width of an outline, in units of the radius
 BLUR = 0.75                                     # Deviation of the blur of the drawings, in pixels of the grid
 
-
+# %% ../../nbs/world/styles.ipynb #styles-07
 @functools.cache
 def paints(
     shape: int,  # Index into SHAPES
@@ -43,7 +45,7 @@ def paints(
     soft = lambda pictures: ndimage.gaussian_filter(np.stack(pictures).astype(np.float32), (0, 0, BLUR, BLUR), mode="nearest")
     return tuple(soft(v).reshape(len(STYLES), TURNS, -1) for v in (cover, bright))
 
-# %% ../../nbs/world/styles.ipynb #19s-09
+# %% ../../nbs/world/styles.ipynb #styles-10
 def style_errors(
     video: np.ndarray,  # b 3 t h w, float32 in [0, 255]
 ) -> np.ndarray:        # b styles; NaN where no object was found
@@ -64,7 +66,7 @@ def style_errors(
         errors[i] = np.mean([((ways - p) ** 2).mean(-1).min(1) for p in pictures[:, 0]], axis=0)
     return errors
 
-
+# %% ../../nbs/world/styles.ipynb #styles-11
 def read_style(
     clips: torch.Tensor,  # b 3 t h w, uint8 in [0, 255] or float in [-1, 1]
 ) -> list:                # Of STYLES, one a clip; None where there is no object
