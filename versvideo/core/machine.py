@@ -58,4 +58,7 @@ def lent(network, device):
 def where(model) -> torch.device:
     "The device a model computes on; that of its weights, unless it is offloaded."
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    return next((torch.device(h.execution_device) for h in hooks if getattr(h, "execution_device", None) is not None), model.device)
+    return next(
+        (torch.device(h.execution_device) for h in hooks if getattr(h, "execution_device", None) is not None),
+        model.device,
+    )

@@ -19,36 +19,50 @@ from .files import repo_path
 # %% ../../nbs/core/notebooks.ipynb #notebooks-07
 def defaults(
     source: str,  # Of a parameters cell
-) -> dict:        # Name to value
+) -> dict:  # Name to value
     "What a parameters cell assigns; ValueError where a line is no `name = literal`."
     found = {}
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None: raise ValueError(f"line {node.lineno} of the parameters cell is not `name = literal`")
-        for target in node.targets if isinstance(node, ast.Assign) else [node.target]: found[target.id] = ast.literal_eval(node.value)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            raise ValueError(f"line {node.lineno} of the parameters cell is not `name = literal`")
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            found[target.id] = ast.literal_eval(node.value)
     return found
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-08
 def parse(
     arguments: list,  # Of "name=value"
-    known: dict,      # Name to default
+    known: dict,  # Name to default
 ) -> dict:
     "Values with the types of the defaults; ValueError for another name or kind."
     values = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if not equals: raise ValueError(f"{argument!r} is not name=value")
+        if not equals:
+            raise ValueError(f"{argument!r} is not name=value")
         default = pick(known, name, "parameter")
-        try: values[name] = {"True": True, "False": False}[text] if isinstance(default, bool) else type(default)(text)
-        except (KeyError, ValueError) as error: raise ValueError(f"{name}={text!r}: give {'True or False' if isinstance(default, bool) else f'a value like {default!r}'}") from error
+        try:
+            values[name] = {"True": True, "False": False}[text] if isinstance(default, bool) else type(default)(text)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{name}={text!r}: give {'True or False' if isinstance(default, bool) else f'a value like {default!r}'}"
+            ) from error
     return values
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-12
 def code_cells(notebook: Path) -> list:  # Of (id, tags, source)
     "The code cells of a notebook; FileNotFoundError or ValueError for what is none."
-    if not notebook.is_file(): raise FileNotFoundError(f"there is no notebook {notebook}: give a path from here or from the repository")
-    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{notebook} is no notebook ({error!r})") from error
-    return [(c.get("id", str(i)), c["metadata"].get("tags", []), "".join(c["source"])) for i, c in enumerate(cells) if c["cell_type"] == "code"]
+    if not notebook.is_file():
+        raise FileNotFoundError(f"there is no notebook {notebook}: give a path from here or from the repository")
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{notebook} is no notebook ({error!r})") from error
+    return [
+        (c.get("id", str(i)), c["metadata"].get("tags", []), "".join(c["source"]))
+        for i, c in enumerate(cells)
+        if c["cell_type"] == "code"
+    ]
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-13
 def run_cells(
@@ -72,6 +86,7 @@ def run_cells(
 def main(arguments: list | None = None):
     "NOTEBOOK name=value ...: what a launcher starts in each process."
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments: raise ValueError("give a notebook and its parameters: nbs/20_train_unet.ipynb size=XS out=out/unet")
-    os.environ.setdefault("MPLBACKEND", "Agg")   # there is no one to look
+    if not arguments:
+        raise ValueError("give a notebook and its parameters: nbs/20_train_unet.ipynb size=XS out=out/unet")
+    os.environ.setdefault("MPLBACKEND", "Agg")  # there is no one to look
     run_cells(arguments[0], arguments[1:])

@@ -88,10 +88,10 @@ def _made_by(workers: int, make: Callable, items: Sequence) -> Iterator:
 
 # %% ../../nbs/core/prefetch.ipynb #prefetch-09
 def made_ahead(
-    make: Callable,    # `(item) -> anything`; with workers it must not need a GPU
+    make: Callable,  # `(item) -> anything`; with workers it must not need a GPU
     items: Sequence,
     workers: int = 0,  # Processes that make items before they are asked for; 0: here, when they are
-) -> Iterator:         # `make(item)` of each item, in their order; `close()` ends the processes
+) -> Iterator:  # `make(item)` of each item, in their order; `close()` ends the processes
     """Items made by copies of this process while it is busy; take them one by one, a tensor that is kept keeps a file open.
 
     RuntimeError with the traceback of what fails there.

@@ -26,20 +26,23 @@ from ..core.records import read_json
 from .shards import Shards
 
 # %% ../../nbs/data/batches.ipynb #batches-07
-@dataclass(frozen=True, eq=False)   # the caches below know an order by its identity: its sizes may be many
+@dataclass(frozen=True, eq=False)  # the caches below know an order by its identity: its sizes may be many
 class Order:
     "Which sample stands at a position of an endless shuffled stream."
-    sizes: tuple   # Samples of each shard
+
+    sizes: tuple  # Samples of each shard
     seed: int = 0
 
     @cached_property
     def n(self) -> int:
-        if sum(self.sizes) < 1: raise ValueError(f"sizes={self.sizes}: there is no sample to order")
+        if sum(self.sizes) < 1:
+            raise ValueError(f"sizes={self.sizes}: there is no sample to order")
         return sum(self.sizes)
 
     def __getitem__(self, position: int) -> int:
         "Number of the sample; ValueError for a position below 0."
-        if position < 0: raise ValueError(f"position {position}: a stream begins at 0")
+        if position < 0:
+            raise ValueError(f"position {position}: a stream begins at 0")
         epoch, within = divmod(position, self.n)
         order, ends, starts = shard_order(self, epoch)
         place = int(np.searchsorted(ends, within, side="right"))
@@ -48,7 +51,10 @@ class Order:
 
     def batch(self, position: int, rank: int, world: int, size: int) -> list:
         "Samples of one process at the step that begins at a position; the next begins at `position + world * size`."
-        if not 0 <= rank < world or size < 1: raise ValueError(f"rank={rank}, world={world}, size={size}: a rank from 0 to world - 1, and at least one sample")
+        if not 0 <= rank < world or size < 1:
+            raise ValueError(
+                f"rank={rank}, world={world}, size={size}: a rank from 0 to world - 1, and at least one sample"
+            )
         first = position + rank * size
         return [self[p] for p in range(first, first + size)]
 
@@ -71,12 +77,15 @@ def tensor_sample(
     text: str = "",  # Captions, to read
 ) -> dict:
     "A sample of tensors, for `write_shards`."
-    return {"safetensors": save({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}), "txt": text.encode()}
+    return {
+        "safetensors": save({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}),
+        "txt": text.encode(),
+    }
 
 # %% ../../nbs/data/batches.ipynb #batches-15
 def is_image_turn(
-    turn: int,                  # Number of a batch in the run
-    fraction: float = 0.25,     # Share of the batches that are images
+    turn: int,  # Number of a batch in the run
+    fraction: float = 0.25,  # Share of the batches that are images
 ) -> bool:
     "Whether a batch is one of images, evenly spread over the turns from the first on; ValueError for a share outside [0, 1]."
     return images_before(turn + 1, fraction) > images_before(turn, fraction)
@@ -90,20 +99,23 @@ def images_before(turn: int, fraction: float) -> int:
 # %% ../../nbs/data/batches.ipynb #batches-17
 class LatentBatches:
     "Batches of a folder of `tensor_sample`s: a function of their numbers, whatever process asks; `bad` has the number of each sample that could not be used, and why."
+
     def __init__(
         self,
         folder: str | Path,
         batch_size: int,
         seed: int = 0,
         fraction: float = 0.25,  # Share of the batches that are images
-        most_bad: float = 0.1,   # Share of bad samples; from it on RuntimeError, once 100 were read
+        most_bad: float = 0.1,  # Share of bad samples; from it on RuntimeError, once 100 were read
     ):
         self.shards = Shards(folder)
-        self.about = read_json(Path(folder) / "made.json")["about"]   # What write_shards was told
+        self.about = read_json(Path(folder) / "made.json")["about"]  # What write_shards was told
         self.batch_size, self.seed, self.fraction, self.most_bad = batch_size, seed, fraction, most_bad
         self.read, self.bad = 0, {}
         sizes = tuple(self.shards.sizes.tolist())
-        self.digest = hashlib.sha256(json.dumps([sizes, self.about]).encode()).hexdigest()   # The order of all batches hangs on these
+        self.digest = hashlib.sha256(
+            json.dumps([sizes, self.about]).encode()
+        ).hexdigest()  # The order of all batches hangs on these
         self.clips, self.images = Order(sizes, 2 * seed), Order(sizes, 2 * seed + 1)
         self.shapes = self.usual_shapes()
 
@@ -111,30 +123,42 @@ class LatentBatches:
         "As of `shapes_of`, those of most of some samples, spread over the folder; None where none of these can be read."
         found = []
         for k in range(0, len(self.shards), math.ceil(len(self.shards) / samples)):
-            try: found.append(shapes_of(sample_tensors(self.shards[k])))
-            except (ValueError, OSError): continue   # named when its turn comes
+            try:
+                found.append(shapes_of(sample_tensors(self.shards[k])))
+            except (ValueError, OSError):
+                continue  # named when its turn comes
         return max(found, key=found.count, default=None)
 
     def numbers(self, turn: int, image: bool) -> list:
         "Samples of a batch."
         n = self.batch_size * (8 if image else 1)
-        return self.images.batch(turn * n, 0, 1, n) if image else self.clips.batch((turn - images_before(turn, self.fraction)) * n, 0, 1, n)
+        return (
+            self.images.batch(turn * n, 0, 1, n)
+            if image
+            else self.clips.batch((turn - images_before(turn, self.fraction)) * n, 0, 1, n)
+        )
 
     def candidates(self, i: int) -> Iterator:
         "A sample, and without end those that may take its place, which its number decides."
         yield i
         rng = np.random.default_rng(i)
-        while True: yield int(rng.integers(len(self.shards)))
+        while True:
+            yield int(rng.integers(len(self.shards)))
 
     def tensors(self, i: int) -> dict:
         "What a sample holds; of a bad one, what another holds. RuntimeError where too large a share is bad."
         for k in self.candidates(i):
             self.read += 1
-            try: return sample_tensors(self.shards[k], self.shapes)
+            try:
+                return sample_tensors(self.shards[k], self.shapes)
             except (ValueError, OSError) as error:
-                if k not in self.bad: warnings.warn(f"another sample takes the place of number {k}: {error}", stacklevel=2)
+                if k not in self.bad:
+                    warnings.warn(f"another sample takes the place of number {k}: {error}", stacklevel=2)
                 self.bad[k] = str(error)
-                if self.read >= 100 and len(self.bad) >= self.most_bad * min(self.read, len(self.shards)): raise RuntimeError(f"{len(self.bad)} of {self.read} samples are bad, the limit is {self.most_bad:.0%}, for example: {'; '.join(list(self.bad.values())[:3])}") from error
+                if self.read >= 100 and len(self.bad) >= self.most_bad * min(self.read, len(self.shards)):
+                    raise RuntimeError(
+                        f"{len(self.bad)} of {self.read} samples are bad, the limit is {self.most_bad:.0%}, for example: {'; '.join(list(self.bad.values())[:3])}"
+                    ) from error
 
     def __call__(self, turn: int, image: bool) -> dict:
         "Latents `b c t h w`, in fp32, and the embeddings of one caption each, `b n d`."
@@ -142,7 +166,8 @@ class LatentBatches:
         found = [self.tensors(i) for i in self.numbers(turn, image)]
         text = torch.stack([f["text"][int(torch.randint(len(f["text"]), (), generator=g))] for f in found])
         latents = [f["latents"] for f in found]
-        if image: latents = [z[:, [int(torch.randint(z.shape[1], (), generator=g))]] for z in latents]
+        if image:
+            latents = [z[:, [int(torch.randint(z.shape[1], (), generator=g))]] for z in latents]
         return dict(latents=torch.stack(latents).float(), text=text.float())
 
 # %% ../../nbs/data/batches.ipynb #batches-18
@@ -156,11 +181,19 @@ def shapes_of(
 def sample_tensors(
     sample: dict,  # Of `Shards`
     shapes: tuple | None = None,  # As of `shapes_of`, what it must have; None: any
-) -> dict:         # Name to tensor
+) -> dict:  # Name to tensor
     "What `tensor_sample` put in; ValueError naming a sample that holds something else."
     name = f"sample {sample['__key__']} of {sample['__url__']}"
-    try: found = load(sample["safetensors"])
-    except (KeyError, SafetensorError) as error: raise ValueError(f"{name} holds no tensors ({error!r}): shards of latents are made by tensor_sample") from error
-    if not all(name in found and found[name].numel() for name in ("latents", "text")): raise ValueError(f"{name} lacks latents, or text, or captions in it: it has {', '.join(f'{k} {tuple(v.shape)}' for k, v in found.items()) or 'nothing'}")
-    if shapes and shapes_of(found) != shapes: raise ValueError(f"{name} has latents of shape {shapes_of(found)[0]} and embeddings of {shapes_of(found)[1]}, most others have {shapes[0]} and {shapes[1]}: make that shard anew")
+    try:
+        found = load(sample["safetensors"])
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"{name} holds no tensors ({error!r}): shards of latents are made by tensor_sample") from error
+    if not all(name in found and found[name].numel() for name in ("latents", "text")):
+        raise ValueError(
+            f"{name} lacks latents, or text, or captions in it: it has {', '.join(f'{k} {tuple(v.shape)}' for k, v in found.items()) or 'nothing'}"
+        )
+    if shapes and shapes_of(found) != shapes:
+        raise ValueError(
+            f"{name} has latents of shape {shapes_of(found)[0]} and embeddings of {shapes_of(found)[1]}, most others have {shapes[0]} and {shapes[1]}: make that shard anew"
+        )
     return found

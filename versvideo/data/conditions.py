@@ -36,19 +36,26 @@ CONDITIONS = {}
 
 
 def extract_condition(
-    name: str,           # A row of `CONDITIONS`
+    name: str,  # A row of `CONDITIONS`
     clip: torch.Tensor,  # `b 3 t h w` on any device, uint8 or float in [-1, 1]
-    **options,           # Of that kind
-) -> torch.Tensor:       # `b c t h w` in [0, 1], float32, on the clip's device
+    **options,  # Of that kind
+) -> torch.Tensor:  # `b c t h w` in [0, 1], float32, on the clip's device
     "Reduce clips to a condition; ValueError or TypeError for other tensors, FileNotFoundError or ImportError saying how to get what is missing."
     kind = pick(CONDITIONS, name, "condition")
-    if not isinstance(clip, torch.Tensor): raise TypeError(f"clip is a {type(clip).__name__}: give a tensor `b 3 t h w`")
-    if clip.ndim != 5 or clip.shape[1] != 3 or 0 in clip.shape: raise ValueError(f"clip has shape {tuple(clip.shape)}: give `b 3 t h w`, an image has t=1")
-    if clip.dtype == torch.uint8: clip = clip / 255
-    elif clip.is_floating_point(): clip = clip.float() / 2 + 0.5
-    else: raise TypeError(f"clip has dtype {clip.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
-    if clip.isnan().any() or clip.min() < -0.1 or clip.max() > 1.1: raise ValueError("clip leaves [-1, 1]: give floats of that range, or uint8")
-    with torch.no_grad(): return kind.extract(clip.clamp(0, 1), **options)
+    if not isinstance(clip, torch.Tensor):
+        raise TypeError(f"clip is a {type(clip).__name__}: give a tensor `b 3 t h w`")
+    if clip.ndim != 5 or clip.shape[1] != 3 or 0 in clip.shape:
+        raise ValueError(f"clip has shape {tuple(clip.shape)}: give `b 3 t h w`, an image has t=1")
+    if clip.dtype == torch.uint8:
+        clip = clip / 255
+    elif clip.is_floating_point():
+        clip = clip.float() / 2 + 0.5
+    else:
+        raise TypeError(f"clip has dtype {clip.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
+    if clip.isnan().any() or clip.min() < -0.1 or clip.max() > 1.1:
+        raise ValueError("clip leaves [-1, 1]: give floats of that range, or uint8")
+    with torch.no_grad():
+        return kind.extract(clip.clamp(0, 1), **options)
 
 # %% ../../nbs/data/conditions.ipynb #conditions-08
 def frame_by_frame(
@@ -63,20 +70,25 @@ def frame_by_frame(
 # %% ../../nbs/data/conditions.ipynb #conditions-09
 def needs(
     module: str,  # To import
-    extra: str,   # Of this package, which brings it
+    extra: str,  # Of this package, which brings it
 ):
     "An optional module; ImportError with the command to install it."
-    try: return importlib.import_module(module)
-    except ImportError as error: raise ImportError(f"this condition needs {module}: pip install 'versvideo[{extra}]'") from error
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this condition needs {module}: pip install 'versvideo[{extra}]'") from error
 
 # %% ../../nbs/data/conditions.ipynb #conditions-11
 def canny(clip, low=100, high=200):
     "Thin edges: brightness steps above `high`, and those above `low` that continue one, of 0 to 255."
-    if not 0 < low <= high: raise ValueError(f"low={low}, high={high}: give 0 < low <= high, of steps in brightness up to 255")
+    if not 0 < low <= high:
+        raise ValueError(f"low={low}, high={high}: give 0 < low <= high, of steps in brightness up to 255")
     cv2 = needs("cv2", "control")
+
     def edges(frames):
         pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return torch.from_numpy(np.stack([cv2.Canny(frame, low, high) for frame in pixels]))[:, None].to(frames) / 255
+
     return frame_by_frame(edges, clip)
 
 
@@ -104,29 +116,41 @@ CONDITIONS["softedge"] = Condition(softedge)
 def hed_network(model):
     "The network of `controlnet_aux`; FileNotFoundError saying what to fetch."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # of other detectors, which are imported with this one
+        warnings.simplefilter("ignore")  # of other detectors, which are imported with this one
         detectors = needs("controlnet_aux", "hed")
-    try: return detectors.HEDdetector.from_pretrained(str(model)).netNetwork
+    try:
+        return detectors.HEDdetector.from_pretrained(str(model)).netNetwork
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise FileNotFoundError(f"model={str(model)!r} holds no sound ControlNetHED.pth, here or on the hub ({error}): fetch it with `hf download lllyasviel/Annotators ControlNetHED.pth "
-                                "--local-dir FOLDER` and give model=FOLDER, or take the condition softedge, which needs no weights") from error
+        raise FileNotFoundError(
+            f"model={str(model)!r} holds no sound ControlNetHED.pth, here or on the hub ({error}): fetch it with `hf download lllyasviel/Annotators ControlNetHED.pth "
+            "--local-dir FOLDER` and give model=FOLDER, or take the condition softedge, which needs no weights"
+        ) from error
 
 # %% ../../nbs/data/conditions.ipynb #conditions-15
 def hed(clip, model="lllyasviel/Annotators"):
     "Edges as HED sees them, the mean of its five scales."
-    if min(clip.shape[3:]) < 16: raise ValueError(f"frames of {tuple(clip.shape[3:])} pixels: HED halves them four times, give at least 16")
+    if min(clip.shape[3:]) < 16:
+        raise ValueError(f"frames of {tuple(clip.shape[3:])} pixels: HED halves them four times, give at least 16")
     with lent(hed_network(model), clip.device) as network:
+
         def edges(frames):
             scales = [F.interpolate(scale, frames.shape[2:], mode="bilinear") for scale in network(frames * 255)]
             return torch.stack(scales).mean(0).sigmoid()
+
         return frame_by_frame(edges, clip, chunk=4)
 
 
 CONDITIONS["hed"] = Condition(hed)
 
 # %% ../../nbs/data/conditions.ipynb #conditions-17
-DISTANCE = ("zoedepth", "glpn", "depth_pro", "prompt_depth_anything", "tipsv2_dpt")   # Models that give metres, after their own postprocessing
-INVERSE = ("dpt", "depth_anything")                                                  # Models that give the inverse, up to scale and shift
+DISTANCE = (
+    "zoedepth",
+    "glpn",
+    "depth_pro",
+    "prompt_depth_anything",
+    "tipsv2_dpt",
+)  # Models that give metres, after their own postprocessing
+INVERSE = ("dpt", "depth_anything")  # Models that give the inverse, up to scale and shift
 
 
 def nearness(
@@ -142,26 +166,46 @@ def depth_model(model):
     "Network and preprocessing of a depth model; FileNotFoundError saying what to fetch."
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    try: return AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True).eval(), AutoImageProcessor.from_pretrained(model)
+    try:
+        return AutoModelForDepthEstimation.from_pretrained(
+            model, use_safetensors=True
+        ).eval(), AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model={str(model)!r} holds no depth model of transformers with safetensors, here or on the hub ({error}): fetch one with `hf download "
-                                "depth-anything/Depth-Anything-V2-Small-hf --local-dir FOLDER` and give model=FOLDER") from error
+        raise FileNotFoundError(
+            f"model={str(model)!r} holds no depth model of transformers with safetensors, here or on the hub ({error}): fetch one with `hf download "
+            "depth-anything/Depth-Anything-V2-Small-hf --local-dir FOLDER` and give model=FOLDER"
+        ) from error
 
 # %% ../../nbs/data/conditions.ipynb #conditions-19
 def depth(clip, model="depth-anything/Depth-Anything-V2-Small-hf"):
     "Nearness by a depth model, a folder or a hub id."
     network, processor = depth_model(model)
     kind = network.config.model_type
-    if kind not in DISTANCE + INVERSE: raise ValueError(f"model={str(model)!r} is a {kind}: whether that gives distances is not known here, take one of {', '.join(DISTANCE + INVERSE)}")
+    if kind not in DISTANCE + INVERSE:
+        raise ValueError(
+            f"model={str(model)!r} is a {kind}: whether that gives distances is not known here, take one of {', '.join(DISTANCE + INVERSE)}"
+        )
     metric = kind in DISTANCE or getattr(network.config, "depth_estimation_type", "") == "metric"
     sizes = [tuple(clip.shape[3:])]
-    padded = dict(source_sizes=sizes) if "source_sizes" in inspect.signature(processor.post_process_depth_estimation).parameters else {}
+    padded = (
+        dict(source_sizes=sizes)
+        if "source_sizes" in inspect.signature(processor.post_process_depth_estimation).parameters
+        else {}
+    )
     with lent(network, clip.device):
+
         def inverse(frames):
-            pixels = processor(images=list(frames.cpu()), return_tensors="pt", do_rescale=False).pixel_values.to(clip.device)
-            found = processor.post_process_depth_estimation(network(pixel_values=pixels), target_sizes=sizes * len(frames), **{k: v * len(frames) for k, v in padded.items()})
+            pixels = processor(images=list(frames.cpu()), return_tensors="pt", do_rescale=False).pixel_values.to(
+                clip.device
+            )
+            found = processor.post_process_depth_estimation(
+                network(pixel_values=pixels),
+                target_sizes=sizes * len(frames),
+                **{k: v * len(frames) for k, v in padded.items()},
+            )
             y = torch.stack([f["predicted_depth"].reshape(1, *frames.shape[2:]) for f in found])
             return 1 / y.clamp(min=1e-3) if metric else y
+
         return nearness(frame_by_frame(inverse, clip, chunk=4))
 
 
@@ -171,7 +215,8 @@ CONDITIONS["depth"] = Condition(depth)
 def image(clip, frames=(0,)):
     "The chosen frames, in four channels: red, green, blue, and 1 where a frame is given."
     t, frames = clip.shape[2], (frames,) if isinstance(frames, int) else tuple(frames)
-    if not frames or any(not -t <= f < t for f in frames): raise ValueError(f"frames={frames}: the clip has {t}, give some of 0 to {t - 1}")
+    if not frames or any(not -t <= f < t for f in frames):
+        raise ValueError(f"frames={frames}: the clip has {t}, give some of 0 to {t - 1}")
     given = torch.zeros(t, device=clip.device)
     given[list(frames)] = 1
     given = given[None, None, :, None, None].expand(len(clip), 1, -1, *clip.shape[3:])

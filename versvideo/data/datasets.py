@@ -121,33 +121,58 @@ YoYo a person plays with a yo-yo""".splitlines())   # Class of UCF-101 to what i
 # %% ../../nbs/data/datasets.ipynb #datasets-08
 def read_sheet(path):
     "A JSON file; ValueError naming it where it is damaged."
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is no JSON ({error}): fetch it again, or take it out of the folder") from error
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch it again, or take it out of the folder") from error
 
 # %% ../../nbs/data/datasets.ipynb #datasets-09
 def read_msrvtt(
-    folder: str | Path,   # With the JSON and the videos somewhere in it
+    folder: str | Path,  # With the JSON and the videos somewhere in it
     split: str = "test",  # test, train or validate
-) -> list:                # Of `Entry`, in the order of the ids
+) -> list:  # Of `Entry`, in the order of the ids
     "MSR-VTT; FileNotFoundError where nothing of it is in the folder, a warning for videos that are missing."
     folder = need_folder(folder)
-    sheets = [path for path in sorted(folder.rglob("*.json")) if isinstance(sheet := read_sheet(path), dict) and {"videos", "sentences"} <= sheet.keys()]
-    if not sheets: raise FileNotFoundError(f"{folder} holds no JSON with videos and sentences: MSR-VTT comes with one, for example test_videodatainfo.json")
+    sheets = [
+        path
+        for path in sorted(folder.rglob("*.json"))
+        if isinstance(sheet := read_sheet(path), dict) and {"videos", "sentences"} <= sheet.keys()
+    ]
+    if not sheets:
+        raise FileNotFoundError(
+            f"{folder} holds no JSON with videos and sentences: MSR-VTT comes with one, for example test_videodatainfo.json"
+        )
     captions, ids = {}, set()
     for path in sheets:
         sheet = read_sheet(path)
         ids |= {row["video_id"] for row in sheet["videos"] if row["split"] == split}
-        known = set(captions)   # of another sheet with the same videos
+        known = set(captions)  # of another sheet with the same videos
         for row in sheet["sentences"]:
-            if row["video_id"] not in known and (text := clean_caption(row["caption"])): captions.setdefault(row["video_id"], []).append(text)
-    if not ids: raise ValueError(f"split={split!r}: {', '.join(path.name for path in sheets)} know no video of it")
+            if row["video_id"] not in known and (text := clean_caption(row["caption"])):
+                captions.setdefault(row["video_id"], []).append(text)
+    if not ids:
+        raise ValueError(f"split={split!r}: {', '.join(path.name for path in sheets)} know no video of it")
     files = {path.stem: path for path in folder.rglob("*.mp4")}
-    missing, silent = sorted(name for name in ids if name not in files), sorted(name for name in ids if not captions.get(name))
-    if silent: warnings.warn(f"{len(silent)} of {len(ids)} videos of {split} have no caption and are left out: {', '.join(silent[:5])}", stacklevel=2)
-    if missing: warnings.warn(f"{len(missing)} of {len(ids)} videos of {split} are not in {folder}: {', '.join(missing[:5])}", stacklevel=2)
+    missing, silent = (
+        sorted(name for name in ids if name not in files),
+        sorted(name for name in ids if not captions.get(name)),
+    )
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(ids)} videos of {split} have no caption and are left out: {', '.join(silent[:5])}",
+            stacklevel=2,
+        )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {len(ids)} videos of {split} are not in {folder}: {', '.join(missing[:5])}",
+            stacklevel=2,
+        )
     number = lambda name: int(re.sub(r"\D", "", name) or 0)
-    found = [Entry(files[name], tuple(captions.get(name, ()))) for name in sorted(ids - {*missing, *silent}, key=number)]
-    if not found: raise FileNotFoundError(f"{folder} holds none of the {len(ids)} videos of {split}")
+    found = [
+        Entry(files[name], tuple(captions.get(name, ()))) for name in sorted(ids - {*missing, *silent}, key=number)
+    ]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds none of the {len(ids)} videos of {split}")
     return found
 
 # %% ../../nbs/data/datasets.ipynb #datasets-10
@@ -157,17 +182,30 @@ def class_words(label: str) -> str:
 
 # %% ../../nbs/data/datasets.ipynb #datasets-11
 def read_ucf101(
-    folder: str | Path,         # With a folder for each class somewhere in it
+    folder: str | Path,  # With a folder for each class somewhere in it
     split: str = "train+test",  # train, test (of the first lists) or both
-) -> list:                      # Of `Entry`, class after class
+) -> list:  # Of `Entry`, class after class
     "UCF-101; FileNotFoundError where nothing of it is in the folder."
     folder = need_folder(folder)
     pick(dict.fromkeys(("train", "test", "train+test")), split, "split")
     files = {f"{path.parent.name}/{path.name}": path for path in folder.rglob("v_*.avi")}
     if split != "train+test":
         lists = sorted(folder.rglob(f"{split}list01.txt"))
-        if not lists: raise FileNotFoundError(f"{folder} holds no {split}list01.txt: it comes in UCF101TrainTestSplits-RecognitionTask.zip")
-        files = {name: files[name] for line in lists[0].read_text().splitlines() if (name := line.split(" ")[0]) in files}
-    if not files: raise FileNotFoundError(f"{folder} holds no video of UCF-101: v_*.avi, in a folder for each class")
+        if not lists:
+            raise FileNotFoundError(
+                f"{folder} holds no {split}list01.txt: it comes in UCF101TrainTestSplits-RecognitionTask.zip"
+            )
+        files = {
+            name: files[name] for line in lists[0].read_text().splitlines() if (name := line.split(" ")[0]) in files
+        }
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no video of UCF-101: v_*.avi, in a folder for each class")
     label = lambda name: files[name].parent.name
-    return [Entry(files[name], tuple(dict.fromkeys((class_words(label(name)), SENTENCES.get(label(name), class_words(label(name)))))), label(name)) for name in sorted(files)]
+    return [
+        Entry(
+            files[name],
+            tuple(dict.fromkeys((class_words(label(name)), SENTENCES.get(label(name), class_words(label(name)))))),
+            label(name),
+        )
+        for name in sorted(files)
+    ]

@@ -21,11 +21,16 @@ def clean_caption(
     most: int = 1000,  # Characters; CLIP reads 77 tokens
 ) -> str:
     "One line without control characters; bytes are read as UTF-8, or else as Latin-1."
-    if text is None: return ""
+    if text is None:
+        return ""
     if isinstance(text, bytes):
-        try: text = text.decode("utf-8-sig")
-        except UnicodeDecodeError: text = text.decode("latin-1")
-    kept = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFC", text[:20 * most]))   # a page is not read to its end
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = text.decode("latin-1")
+    kept = "".join(
+        c if unicodedata.category(c)[0] != "C" else " " for c in unicodedata.normalize("NFC", text[: 20 * most])
+    )  # a page is not read to its end
     words = " ".join(kept.split())
     return words if len(words) <= most else words[:most].rsplit(" ", 1)[0]
 
@@ -33,24 +38,27 @@ def clean_caption(
 @dataclass(frozen=True)
 class Entry:
     "A video, or a picture, with what is known of it: a row of a manifest; ValueError for a number that no file has."
-    path: Path            # Of the file; within a tar that of the tar and then the name there, 00000.tar/000000001.jpg
+
+    path: Path  # Of the file; within a tar that of the tar and then the name there, 00000.tar/000000001.jpg
     captions: tuple = ()
-    label: str = ""       # Class
-    frames: int = 0       # From here on 0, or nothing, where it is not known
-    fps: float = 0.
+    label: str = ""  # Class
+    frames: int = 0  # From here on 0, or nothing, where it is not known
+    fps: float = 0.0
     height: int = 0
     width: int = 0
-    sha256: str = ""      # Of the file, or of what the tar holds of it
+    sha256: str = ""  # Of the file, or of what the tar holds of it
 
     def __post_init__(self):
         for name in ("frames", "fps", "height", "width"):
-            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name}={getattr(self, name)}: give what the file has, or 0 where it is not known")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give what the file has, or 0 where it is not known")
 
 # %% ../../nbs/data/entries.ipynb #entries-10
 def need_folder(folder):
     "FileNotFoundError where there is none."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: give that of a copy of the data on this machine")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give that of a copy of the data on this machine")
     return folder
 
 # %% ../../nbs/data/entries.ipynb #entries-11
@@ -66,17 +74,32 @@ def media_of(folder: str | Path) -> list:
 
 # %% ../../nbs/data/entries.ipynb #entries-13
 def csv_rows(
-    sheet: str | Path,             # CSV, or TSV
+    sheet: str | Path,  # CSV, or TSV
     encoding: str = "utf-8-sig",
-) -> Iterator:                     # A dict for each row, or the csv.Error of one that cannot be read
+) -> Iterator:  # A dict for each row, or the csv.Error of one that cannot be read
     "Rows of a table; ValueError where it has another encoding."
-    csv.field_size_limit(2**24)   # characters: a quote that is never closed does not swallow the table
+    csv.field_size_limit(2**24)  # characters: a quote that is never closed does not swallow the table
     with open(sheet, newline="", encoding=encoding) as file:
-        rows = csv.DictReader((line.replace("\0", "") for line in file), dialect="excel-tab" if str(sheet).endswith(".tsv") else "excel")
+        rows = csv.DictReader(
+            (line.replace("\0", "") for line in file), dialect="excel-tab" if str(sheet).endswith(".tsv") else "excel"
+        )
         while True:
-            try: yield next(rows)
-            except StopIteration: return
-            except csv.Error as error: yield error
+            try:
+                yield next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield error
             except UnicodeDecodeError as error:
-                with open(sheet, "rb") as raw: line = next((i for i, line in enumerate(raw, 1) if line.decode(encoding, "ignore") != line.decode(encoding, "replace")), 1)
-                raise ValueError(f"line {line} of {sheet} is not in {encoding} ({error.reason}): save it as UTF-8, or name its encoding to read_table, for example encoding='latin-1'") from error
+                with open(sheet, "rb") as raw:
+                    line = next(
+                        (
+                            i
+                            for i, line in enumerate(raw, 1)
+                            if line.decode(encoding, "ignore") != line.decode(encoding, "replace")
+                        ),
+                        1,
+                    )
+                raise ValueError(
+                    f"line {line} of {sheet} is not in {encoding} ({error.reason}): save it as UTF-8, or name its encoding to read_table, for example encoding='latin-1'"
+                ) from error

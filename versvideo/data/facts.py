@@ -34,25 +34,41 @@ class Wanted:
 # %% ../../nbs/data/facts.ipynb #facts-05
 def read_wanted(wanted: Wanted) -> np.ndarray:
     "The first frames of a video, or a picture, of a file or within a tar, uint8 `3 t h w`."
-    if Path(wanted.path).suffix.lower() in PICTURES and wanted.frames == 1: clip = read_image(wanted.path)[:, None]
-    else: clip = read_video(wanted.path, wanted.frames, None if wanted.fps else wanted.stride, wanted.fps or None)
-    if clip.shape[1] < wanted.frames: raise ValueError(f"frames={wanted.frames}: {wanted.path} holds {clip.shape[1]} at {wanted.fps} frames a second, ask for fewer")
+    if Path(wanted.path).suffix.lower() in PICTURES and wanted.frames == 1:
+        clip = read_image(wanted.path)[:, None]
+    else:
+        clip = read_video(wanted.path, wanted.frames, None if wanted.fps else wanted.stride, wanted.fps or None)
+    if clip.shape[1] < wanted.frames:
+        raise ValueError(
+            f"frames={wanted.frames}: {wanted.path} holds {clip.shape[1]} at {wanted.fps} frames a second, ask for fewer"
+        )
     return (fit_frames(clip, wanted.geometry) if wanted.geometry else clip).numpy()
 
 # %% ../../nbs/data/facts.ipynb #facts-06
 def facts_of(path: str) -> dict:
     "Frames, rate, size and checksum of a video or picture, of a picture within a tar, too; every frame is decoded, so what has them can be read to its end."
-    clip, fps = read_image(path)[:, None] if Path(path).suffix.lower() in PICTURES else read_video(path), 0.
+    clip, fps = read_image(path)[:, None] if Path(path).suffix.lower() in PICTURES else read_video(path), 0.0
     if clip.shape[1] > 1:
-        with av.open(path) as file: fps = float(file.streams.video[0].average_rate or 0)
+        with av.open(path) as file:
+            fps = float(file.streams.video[0].average_rate or 0)
     data = bytes_in_tar(path)
-    return dict(frames=clip.shape[1], fps=fps, height=clip.shape[2], width=clip.shape[3], sha256=sha256_of(path) if data is None else hashlib.sha256(data).hexdigest())
+    return dict(
+        frames=clip.shape[1],
+        fps=fps,
+        height=clip.shape[2],
+        width=clip.shape[3],
+        sha256=sha256_of(path) if data is None else hashlib.sha256(data).hexdigest(),
+    )
 
 # %% ../../nbs/data/facts.ipynb #facts-07
 def with_facts(
     entries: Iterable,  # Of `Entry`
-    workers: Workers,   # Of `facts_of`
-) -> list:              # Of `Entry`; without those that cannot be read, which `workers.bad` names
+    workers: Workers,  # Of `facts_of`
+) -> list:  # Of `Entry`; without those that cannot be read, which `workers.bad` names
     "Entries with what only their files know: frames, rate, size, checksum."
     entries = list(entries)
-    return [replace(entry, **facts) for entry, (_, facts) in zip(entries, workers.map(str(e.path) for e in entries), strict=True) if facts]
+    return [
+        replace(entry, **facts)
+        for entry, (_, facts) in zip(entries, workers.map(str(e.path) for e in entries), strict=True)
+        if facts
+    ]

@@ -25,58 +25,100 @@ COLUMNS = [f.name for f in fields(Entry)]
 
 def need_pyarrow():
     "pyarrow's Parquet; ImportError saying how to get it."
-    try: import pyarrow.parquet as parquet
-    except ImportError as error: raise ImportError("a .parquet needs pyarrow: pip install 'versvideo[data]', or choose a .csv") from error
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("a .parquet needs pyarrow: pip install 'versvideo[data]', or choose a .csv") from error
     return parquet
 
 # %% ../../nbs/data/manifest.ipynb #manifest-07
 def write_manifest(
-    entries: Iterable,   # Of `Entry`
-    path: str | Path,    # .csv or .parquet, in the folder of the data or above it
+    entries: Iterable,  # Of `Entry`
+    path: str | Path,  # .csv or .parquet, in the folder of the data or above it
 ) -> Path:
     "Write a manifest, at once or not at all; ValueError for a file outside of its folder or for none."
     path, rows = Path(path), []
     for entry in entries:
-        try: inside = Path(entry.path).resolve().relative_to(path.parent.resolve())
-        except ValueError as error: raise ValueError(f"{entry.path} does not lie in {path.parent}: write the manifest into the folder of the data, or above it") from error
-        rows.append({name: getattr(entry, name) for name in COLUMNS} | dict(path=inside.as_posix(), captions=list(entry.captions)))
-    if not rows: raise ValueError(f"{path}: there is no entry to write")
+        try:
+            inside = Path(entry.path).resolve().relative_to(path.parent.resolve())
+        except ValueError as error:
+            raise ValueError(
+                f"{entry.path} does not lie in {path.parent}: write the manifest into the folder of the data, or above it"
+            ) from error
+        rows.append(
+            {name: getattr(entry, name) for name in COLUMNS}
+            | dict(path=inside.as_posix(), captions=list(entry.captions))
+        )
+    if not rows:
+        raise ValueError(f"{path}: there is no entry to write")
     pick(dict.fromkeys((".csv", ".parquet")), path.suffix, "suffix of a manifest")
     with atomic_path(path) as temp:
         if path.suffix == ".parquet":
             import pyarrow
+
             need_pyarrow().write_table(pyarrow.Table.from_pylist(rows), temp)
         else:
             with open(temp, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader(), writer.writerows(row | dict(captions=json.dumps(row["captions"], ensure_ascii=False)) for row in rows)
+                (
+                    writer.writeheader(),
+                    writer.writerows(
+                        row | dict(captions=json.dumps(row["captions"], ensure_ascii=False)) for row in rows
+                    ),
+                )
     return path
 
 # %% ../../nbs/data/manifest.ipynb #manifest-08
 def read_manifest(
     path: str | Path,  # .csv or .parquet
-) -> list:             # Of `Entry`
+) -> list:  # Of `Entry`
     "What `write_manifest` wrote, captions cleaned; ValueError naming the file, or the row that is wrong or leads out of the folder."
     path, found = Path(path), []
-    if not path.is_file(): raise FileNotFoundError(f"there is no manifest {path}: build one with write_manifest")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no manifest {path}: build one with write_manifest")
     pick(dict.fromkeys((".csv", ".parquet")), path.suffix, "suffix of a manifest")
     if path.suffix == ".parquet":
         parquet = need_pyarrow()
         import pyarrow
-        try: rows = parquet.read_table(path).to_pylist()
-        except (OSError, ValueError, pyarrow.ArrowException) as error: raise ValueError(f"{path} cannot be read as Parquet ({error}): fetch it again, or write it anew with write_manifest") from error
-    else: rows = csv_rows(path)
+
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise ValueError(
+                f"{path} cannot be read as Parquet ({error}): fetch it again, or write it anew with write_manifest"
+            ) from error
+    else:
+        rows = csv_rows(path)
     home = path.parent.resolve()
-    inside = lru_cache(maxsize=None)(lambda place: place.resolve().is_relative_to(home))   # of a folder asked once
+    inside = lru_cache(maxsize=None)(lambda place: place.resolve().is_relative_to(home))  # of a folder asked once
     for i, row in enumerate(rows, 1):
         try:
-            if isinstance(row, csv.Error): raise ValueError(row)
-            if set(row) != set(COLUMNS): raise ValueError(f"its columns are {', '.join(map(str, row))}, not {', '.join(COLUMNS)}")
-            place, said = path.parent / row["path"], row["captions"] if isinstance(row["captions"], list) else json.loads(row["captions"])
-            if leads_out(row["path"]) or not inside(place if place.is_symlink() else place.parent): raise ValueError(f"its path {row['path']!r} leads out of the folder")
-            if not isinstance(said, list) or not all(isinstance(text, str) for text in said): raise ValueError(f"its captions are {str(said)[:200]}, not a list of texts")
-            found.append(Entry(place, tuple(filter(None, map(clean_caption, said))), row["label"], int(row["frames"]), float(row["fps"]), int(row["height"]), int(row["width"]), row["sha256"]))
-        except (TypeError, ValueError) as error: raise ValueError(f"row {i} of {path} is none of a manifest: {error}") from error
+            if isinstance(row, csv.Error):
+                raise ValueError(row)
+            if set(row) != set(COLUMNS):
+                raise ValueError(f"its columns are {', '.join(map(str, row))}, not {', '.join(COLUMNS)}")
+            place, said = (
+                path.parent / row["path"],
+                row["captions"] if isinstance(row["captions"], list) else json.loads(row["captions"]),
+            )
+            if leads_out(row["path"]) or not inside(place if place.is_symlink() else place.parent):
+                raise ValueError(f"its path {row['path']!r} leads out of the folder")
+            if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+                raise ValueError(f"its captions are {str(said)[:200]}, not a list of texts")
+            found.append(
+                Entry(
+                    place,
+                    tuple(filter(None, map(clean_caption, said))),
+                    row["label"],
+                    int(row["frames"]),
+                    float(row["fps"]),
+                    int(row["height"]),
+                    int(row["width"]),
+                    row["sha256"],
+                )
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {i} of {path} is none of a manifest: {error}") from error
     return found
 
 # %% ../../nbs/data/manifest.ipynb #manifest-09

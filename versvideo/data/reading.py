@@ -40,47 +40,61 @@ class Placed:
 # %% ../../nbs/data/reading.ipynb #reading-08
 class Slot:
     "Memory of this process for one array that another one writes."
+
     def __init__(self):
-        self.path, self.inode = "", 0   # Where the other process finds it
-        try: self.file = tempfile.TemporaryFile(dir=SHARED, buffering=0)
-        except OSError: self.file = None
-        else: self.path, self.inode = f"/proc/{os.getpid()}/fd/{self.file.fileno()}", os.fstat(self.file.fileno()).st_ino
+        self.path, self.inode = "", 0  # Where the other process finds it
+        try:
+            self.file = tempfile.TemporaryFile(dir=SHARED, buffering=0)
+        except OSError:
+            self.file = None
+        else:
+            self.path, self.inode = f"/proc/{os.getpid()}/fd/{self.file.fileno()}", os.fstat(self.file.fileno()).st_ino
 
     def take(self, found):
         "What was read: a copy of the array that lies here, or what came through the pipe."
-        if not isinstance(found, Placed): return found
+        if not isinstance(found, Placed):
+            return found
         self.file.seek(0)
         array = np.fromfile(self.file, found.dtype, math.prod(found.shape)).reshape(found.shape).transpose(found.axes)
-        if array.nbytes > KEPT: self.file.truncate(KEPT)
+        if array.nbytes > KEPT:
+            self.file.truncate(KEPT)
         return array
 
     def close(self) -> None:
         "Give the memory back."
-        if self.file: self.file.close()
+        if self.file:
+            self.file.close()
 
 # %% ../../nbs/data/reading.ipynb #reading-09
 def place(found, path: str, inode: int):
     "In a worker: write an array into the slot with this path and inode, and return `Placed`; what is no plain array, or finds no room, is returned as it is."
-    if type(found) is not np.ndarray or found.dtype.hasobject or not found.nbytes: return found
+    if type(found) is not np.ndarray or found.dtype.hasobject or not found.nbytes:
+        return found
     order = np.argsort([-stride for stride in found.strides], kind="stable").tolist()
-    packed = np.asarray(found.transpose(order), order="C")   # nothing to copy for frames with their channels last
+    packed = np.asarray(found.transpose(order), order="C")  # nothing to copy for frames with their channels last
     try:
         with open(path, "r+b") as file:
             held, memory = os.fstat(file.fileno()), shutil.disk_usage(SHARED)
-            if held.st_ino != inode or found.nbytes - held.st_size > max(0, memory.free - FREE * memory.total): return found
-            os.posix_fallocate(file.fileno(), 0, found.nbytes)   # all of it or nothing
+            if held.st_ino != inode or found.nbytes - held.st_size > max(0, memory.free - FREE * memory.total):
+                return found
+            os.posix_fallocate(file.fileno(), 0, found.nbytes)  # all of it or nothing
             file.write(packed.reshape(-1).view(np.uint8))
-    except OSError: return found   # a slot without memory, or a machine that hides it
+    except OSError:
+        return found  # a slot without memory, or a machine that hides it
     return Placed(packed.shape, packed.dtype, tuple(np.argsort(order).tolist()))
 
 # %% ../../nbs/data/reading.ipynb #reading-13
 def prepare_worker(extra: int) -> None:
     "Let this process take so many bytes more than it has; beyond, it gets a MemoryError (Linux, elsewhere no limit). What decoders print about bad files is not shown."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try: import resource
-    except ImportError: return   # Windows
-    try: held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError: return
+    try:
+        import resource
+    except ImportError:
+        return  # Windows
+    try:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return
     resource.setrlimit(resource.RLIMIT_AS, (held + extra, held + extra))
 
 # %% ../../nbs/data/reading.ipynb #reading-14
@@ -106,13 +120,19 @@ def read_into(read: Callable, argument, path: str, inode: int):
 # %% ../../nbs/data/reading.ipynb #reading-16
 def cause_of(error: BaseException, path: str | Path | None = None) -> str:
     "In a word or two what is wrong with a file that could not be read."
-    if isinstance(error, TooSlow): return "too slow"
-    if type(error).__name__ == "ProcessExpired": return "the reader died"
-    if isinstance(error, MemoryError) or "alloc" in str(error) or "annot allocate" in str(error.__cause__): return "too large"   # the cause is the text of what was raised in the other process
-    if isinstance(error, FileNotFoundError): return "missing"
-    if path is not None and Path(path).is_file() and not Path(path).stat().st_size: return "empty"
+    if isinstance(error, TooSlow):
+        return "too slow"
+    if type(error).__name__ == "ProcessExpired":
+        return "the reader died"
+    if isinstance(error, MemoryError) or "alloc" in str(error) or "annot allocate" in str(error.__cause__):
+        return "too large"  # the cause is the text of what was raised in the other process
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if path is not None and Path(path).is_file() and not Path(path).stat().st_size:
+        return "empty"
     for lacks in ("no video in it", "no frames in it"):
-        if f" has {lacks}" in str(error): return lacks
+        if f" has {lacks}" in str(error):
+            return lacks
     return "too short" if " holds " in str(error) else "damaged, or something else"
 
 # %% ../../nbs/data/reading.ipynb #reading-17
@@ -121,42 +141,59 @@ class Workers:
 
     `bad` has the path, or other argument, of each file that could not be read, and its cause.
     """
+
     def __init__(
         self,
-        read: Callable,           # Of one argument, in a module; it returns an array, or what can be pickled
+        read: Callable,  # Of one argument, in a module; it returns an array, or what can be pickled
         processes: int = 2,
-        seconds: float = 30.,     # That a call may take
+        seconds: float = 30.0,  # That a call may take
         memory: int = 4 * 2**30,  # Bytes that a process may take beyond what it needs to start
-        most_bad: float = 0.1,    # Share of files; above it RuntimeError
-        least: int = 100,         # Files read before that share counts
+        most_bad: float = 0.1,  # Share of files; above it RuntimeError
+        least: int = 100,  # Files read before that share counts
     ):
-        try: from pebble import ProcessPool
-        except ImportError as error: raise ImportError("reading in other processes needs pebble: pip install 'versvideo[data]'") from error
-        try: pickle.dumps(read)
-        except (pickle.PicklingError, AttributeError, TypeError) as error: raise ValueError(f"{read=} cannot be sent to other processes ({error}): give a function that a module has by its name") from error
-        if getattr(read, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"): raise ValueError(f"{read=} is of this notebook, which other processes do not know: put it into a module")
-        if processes < 1 or not seconds > 0: raise ValueError(f"processes={processes}, seconds={seconds}: at least one process, and more than no time")
+        try:
+            from pebble import ProcessPool
+        except ImportError as error:
+            raise ImportError("reading in other processes needs pebble: pip install 'versvideo[data]'") from error
+        try:
+            pickle.dumps(read)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{read=} cannot be sent to other processes ({error}): give a function that a module has by its name"
+            ) from error
+        if getattr(read, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+            raise ValueError(f"{read=} is of this notebook, which other processes do not know: put it into a module")
+        if processes < 1 or not seconds > 0:
+            raise ValueError(f"processes={processes}, seconds={seconds}: at least one process, and more than no time")
         self.read, self.processes, self.seconds, self.most_bad, self.least = read, processes, seconds, most_bad, least
-        self.new_pool = lambda: ProcessPool(processes, initializer=prepare_worker, initargs=(memory,), context=get_context("spawn"))
+        self.new_pool = lambda: ProcessPool(
+            processes, initializer=prepare_worker, initargs=(memory,), context=get_context("spawn")
+        )
         self.pool = self.new_pool()
-        self.free = []   # Slots that no call has
-        self.seen, self.bad, self.said = 0, {}, {}   # of each cause what was said first
+        self.free = []  # Slots that no call has
+        self.seen, self.bad, self.said = 0, {}, {}  # of each cause what was said first
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
     def close(self) -> None:
         "End the processes, at once."
         self.pool.stop(), self.pool.join()
-        while self.free: self.free.pop().close()
+        while self.free:
+            self.free.pop().close()
 
     def map(self, arguments: Iterable) -> Iterator:
         "Argument and result, or None, in order; RuntimeError with the report where too large a share is bad."
         waiting = deque()
         for argument in arguments:
             waiting.append((argument, self._call(argument)))
-            if len(waiting) > 2 * self.processes: yield self._take(*waiting.popleft())
-        while waiting: yield self._take(*waiting.popleft())
+            if len(waiting) > 2 * self.processes:
+                yield self._take(*waiting.popleft())
+        while waiting:
+            yield self._take(*waiting.popleft())
 
     def _call(self, argument):
         if not self.pool.active:
@@ -169,9 +206,11 @@ class Workers:
         "What a call returned or raised; BrokenProcessPool where it was lost with its pool. The slot of a call that failed is given back: its process may still write."
         try:
             while not future.done():
-                try: future.exception(1)
+                try:
+                    future.exception(1)
                 except TooSlow:
-                    if not future.done() and not self.pool.active: raise BrokenProcessPool("the processes have ended") from None
+                    if not future.done() and not self.pool.active:
+                        raise BrokenProcessPool("the processes have ended") from None
             found = slot.take(future.result())
         except BaseException:
             slot.close()
@@ -182,18 +221,26 @@ class Workers:
     def _take(self, argument, call):
         self.seen += 1
         try:
-            try: return argument, self._result(*call)
-            except BrokenProcessPool: return argument, self._result(*self._call(argument))   # once more, alone
-        except Exception as error:   # whatever a file does to its reader, it is only that file
-            if self.seen == 1 and isinstance(error, BrokenProcessPool): raise RuntimeError(f"the processes that read end as they start, or cannot find {self.read}: what starts them belongs under `if __name__ == '__main__':` in a script, and the function into a module") from error
+            try:
+                return argument, self._result(*call)
+            except BrokenProcessPool:
+                return argument, self._result(*self._call(argument))  # once more, alone
+        except Exception as error:  # whatever a file does to its reader, it is only that file
+            if self.seen == 1 and isinstance(error, BrokenProcessPool):
+                raise RuntimeError(
+                    f"the processes that read end as they start, or cannot find {self.read}: what starts them belongs under `if __name__ == '__main__':` in a script, and the function into a module"
+                ) from error
             path = getattr(argument, "path", argument)
             cause = self.bad.setdefault(str(path), cause_of(error, path if isinstance(path, (str, Path)) else None))
             self.said.setdefault(cause, f"{type(error).__name__}: {error}"[:300])
-            if self.seen >= self.least and len(self.bad) > self.most_bad * self.seen: raise RuntimeError(f"too many bad files, more than {self.most_bad:.0%}: {self.report()}") from error
+            if self.seen >= self.least and len(self.bad) > self.most_bad * self.seen:
+                raise RuntimeError(f"too many bad files, more than {self.most_bad:.0%}: {self.report()}") from error
             return argument, None
 
     def report(self, names: int = 3) -> str:
         "How many files were bad, why, and some of each kind, with what was said of one."
         kinds = Counter(self.bad.values()).most_common()
         named = lambda cause: ", ".join([path for path, why in self.bad.items() if why == cause][:names])
-        return f"{len(self.bad)} of {self.seen} files" + "".join(f"; {n} {cause} ({named(cause)}: {self.said[cause]})" for cause, n in kinds)
+        return f"{len(self.bad)} of {self.seen} files" + "".join(
+            f"; {n} {cause} ({named(cause)}: {self.said[cause]})" for cause, n in kinds
+        )

@@ -23,29 +23,39 @@ from ..media.video import read_picture, read_video
 # %% ../../nbs/data/samples.ipynb #samples-06
 def read_image(
     path: str | Path,  # Of a file, or within a tar
-) -> torch.Tensor:     # uint8 `3 h w`
+) -> torch.Tensor:  # uint8 `3 h w`
     "A picture, turned as it is shown; FileNotFoundError, ValueError for what is none."
     data = bytes_in_tar(path)
-    if data is None: return read_picture(path)
+    if data is None:
+        return read_picture(path)
     try:
-        with Image.open(BytesIO(data)) as file: return picture_tensor(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{path} cannot be read as a picture ({error}): fetch or make its tar anew") from error
+        with Image.open(BytesIO(data)) as file:
+            return picture_tensor(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}): fetch or make its tar anew") from error
 
 # %% ../../nbs/data/samples.ipynb #samples-10
 def fit_frames(
     clip: torch.Tensor,  # uint8 `3 t h w`
-    geometry: str,       # Steps, several with a comma between them: 256 centre crop; 256 squashed; 240x432 antialiased; 64 as rendered
-) -> torch.Tensor:       # uint8 `3 t height width`
+    geometry: str,  # Steps, several with a comma between them: 256 centre crop; 256 squashed; 240x432 antialiased; 64 as rendered
+) -> torch.Tensor:  # uint8 `3 t height width`
     "Give a clip the size of a protocol; ValueError for words that say nothing, or a clip that is not as rendered."
     for step in geometry.split(", "):
         found = re.fullmatch(r"(\d+)(?:x(\d+))? (centre crop|squashed|antialiased|as rendered)", step)
-        if not found: raise ValueError(f"geometry={geometry!r}: say 256 centre crop, 256 squashed, 240x432 antialiased or 64 as rendered; height x width, several with a comma between them")
+        if not found:
+            raise ValueError(
+                f"geometry={geometry!r}: say 256 centre crop, 256 squashed, 240x432 antialiased or 64 as rendered; height x width, several with a comma between them"
+            )
         size, how = (int(found[1]), int(found[2] or found[1])), found[3]
         if how == "as rendered":
-            if tuple(clip.shape[2:]) != size: raise ValueError(f"geometry={geometry!r}: the clip is {clip.shape[2]}x{clip.shape[3]}")
-        elif how == "centre crop": clip = cover(clip, size)
+            if tuple(clip.shape[2:]) != size:
+                raise ValueError(f"geometry={geometry!r}: the clip is {clip.shape[2]}x{clip.shape[3]}")
+        elif how == "centre crop":
+            clip = cover(clip, size)
         else:
-            frames = F.interpolate(clip.permute(1, 0, 2, 3).float(), size, mode="bilinear", antialias=how == "antialiased")
+            frames = F.interpolate(
+                clip.permute(1, 0, 2, 3).float(), size, mode="bilinear", antialias=how == "antialiased"
+            )
             clip = frames.round().clamp(0, 255).to(torch.uint8).permute(1, 0, 2, 3)
     return clip.contiguous()
 
@@ -64,12 +74,18 @@ def long_enough(
     entries: Sequence,  # Of `Entry`
     frames: int,
     stride: int = 1,
-) -> tuple:             # Those that can be read to the last frame that is needed, and file name to what is wrong with the others
+) -> tuple:  # Those that can be read to the last frame that is needed, and file name to what is wrong with the others
     "Sort out what a protocol cannot use, before anything is counted."
     good, bad = [], {}
     for entry in entries:
-        try: read_video(entry.path, frames, stride)
-        except ValueError as error: bad[entry.path.name] = str(error).replace(str(entry.path), entry.path.name)
-        else: good.append(entry)
-    if not good: raise ValueError(f"none of {len(entries)} videos has {frames} frames at a stride of {stride}: {'; '.join(list(bad.values())[:3])}")
+        try:
+            read_video(entry.path, frames, stride)
+        except ValueError as error:
+            bad[entry.path.name] = str(error).replace(str(entry.path), entry.path.name)
+        else:
+            good.append(entry)
+    if not good:
+        raise ValueError(
+            f"none of {len(entries)} videos has {frames} frames at a stride of {stride}: {'; '.join(list(bad.values())[:3])}"
+        )
     return good, bad

@@ -38,35 +38,66 @@ def checksum(
 # %% ../../nbs/data/shards.ipynb #shards-09
 class Index:
     "Where the samples of a tar lie; ValueError or another error for a note that does not fit a tar of so many bytes, or has a key that leads out of it."
+
     def __init__(
         self,
         note: dict,  # As `note_of` makes it, with or without `crc32`
-        size: int,   # Bytes of the tar
+        size: int,  # Bytes of the tar
     ):
-        keys, counts, starts, sizes, crc32 = note["keys"], narrow(note["counts"]), narrow(note["starts"]), narrow(note["sizes"]), note.get("crc32")
-        if note["bytes"] != size or not len(keys) == len(counts) or not counts.sum() == len(starts) == len(sizes) == len(note["endings"]): raise ValueError("it is not of this tar")
-        if sizes.max() > size or (starts > size - sizes.astype(np.int64)).any(): raise ValueError("it has bytes beyond the end of the tar")
-        if LEADS_OUT.search("\n".join(keys)) or max(map(len, keys)) > 1000: raise ValueError("it has a key that leads out of the tar, or is endless")
-        self.keys, self.endings = np.array([key.encode(errors="surrogateescape") for key in keys]), list(dict.fromkeys(note["endings"]))
+        keys, counts, starts, sizes, crc32 = (
+            note["keys"],
+            narrow(note["counts"]),
+            narrow(note["starts"]),
+            narrow(note["sizes"]),
+            note.get("crc32"),
+        )
+        if (
+            note["bytes"] != size
+            or not len(keys) == len(counts)
+            or not counts.sum() == len(starts) == len(sizes) == len(note["endings"])
+        ):
+            raise ValueError("it is not of this tar")
+        if sizes.max() > size or (starts > size - sizes.astype(np.int64)).any():
+            raise ValueError("it has bytes beyond the end of the tar")
+        if LEADS_OUT.search("\n".join(keys)) or max(map(len, keys)) > 1000:
+            raise ValueError("it has a key that leads out of the tar, or is endless")
+        self.keys, self.endings = (
+            np.array([key.encode(errors="surrogateescape") for key in keys]),
+            list(dict.fromkeys(note["endings"])),
+        )
         places = {ending: place for place, ending in enumerate(self.endings)}
-        self.firsts, self.which, self.starts, self.sizes = narrow(np.concatenate([[0], np.cumsum(counts)])), narrow([places[ending] for ending in note["endings"]]), starts, sizes   # of all parts, sample by sample
+        self.firsts, self.which, self.starts, self.sizes = (
+            narrow(np.concatenate([[0], np.cumsum(counts)])),
+            narrow([places[ending] for ending in note["endings"]]),
+            starts,
+            sizes,
+        )  # of all parts, sample by sample
         self.crc32 = None if crc32 is None else np.array(crc32, np.uint32).reshape(len(keys))
 
-    def __len__(self): return len(self.keys)
+    def __len__(self):
+        return len(self.keys)
 
     def parts(self, file, k: int) -> dict:
         "Bytes of a sample of the open tar by ending; ValueError where the tar has become shorter."
         found, mine = {}, slice(self.firsts[k], self.firsts[k + 1])
-        for place, start, size in zip(self.which[mine].tolist(), self.starts[mine].tolist(), self.sizes[mine].tolist(), strict=True):
+        for place, start, size in zip(
+            self.which[mine].tolist(), self.starts[mine].tolist(), self.sizes[mine].tolist(), strict=True
+        ):
             file.seek(start)
             found[self.endings[place]] = file.read(size)
-            if len(found[self.endings[place]]) < size: raise ValueError(f"{file.name} is cut off within sample {self.keys[k].decode(errors='replace')}: fetch or make it anew")
+            if len(found[self.endings[place]]) < size:
+                raise ValueError(
+                    f"{file.name} is cut off within sample {self.keys[k].decode(errors='replace')}: fetch or make it anew"
+                )
         return found
 
     def sample(self, file, k: int) -> dict:
         "The same, its key as `__key__` and its tar as `__url__`; ValueError where it is not what was written."
         found, key = self.parts(file, k), self.keys[k].decode(errors="surrogateescape")
-        if self.crc32 is not None and checksum(found) != self.crc32[k]: raise ValueError(f"sample {key} of {file.name} is damaged, its checksum is not that of what was written: fetch or make that shard anew")
+        if self.crc32 is not None and checksum(found) != self.crc32[k]:
+            raise ValueError(
+                f"sample {key} of {file.name} is damaged, its checksum is not that of what was written: fetch or make that shard anew"
+            )
         return found | {"__key__": key, "__url__": str(file.name)}
 
 # %% ../../nbs/data/shards.ipynb #shards-10
@@ -76,10 +107,17 @@ def note_of(path: Path) -> dict:
     for name, place in tar_members(path).items():
         name = PurePosixPath(name)
         stem, _, ending = name.name.partition(".")
-        if stem: found.setdefault(str(name.with_name(stem)), {})[ending.lower()] = place   # else what a Mac keeps beside each file
-    if not found: raise ValueError(f"{path} holds no sample: make it anew")
+        if stem:
+            found.setdefault(str(name.with_name(stem)), {})[ending.lower()] = (
+                place  # else what a Mac keeps beside each file
+            )
+    if not found:
+        raise ValueError(f"{path} holds no sample: make it anew")
     members = [(ending, *place) for parts in found.values() for ending, place in parts.items()]
-    return dict(bytes=path.stat().st_size, keys=list(found), counts=[len(parts) for parts in found.values()]) | {name: list(values) for name, values in zip(("endings", "starts", "sizes"), zip(*members, strict=True), strict=True)}
+    return dict(bytes=path.stat().st_size, keys=list(found), counts=[len(parts) for parts in found.values()]) | {
+        name: list(values)
+        for name, values in zip(("endings", "starts", "sizes"), zip(*members, strict=True), strict=True)
+    }
 
 # %% ../../nbs/data/shards.ipynb #shards-14
 def _made(path: Path) -> bool:
@@ -89,60 +127,96 @@ def _made(path: Path) -> bool:
 
 # %% ../../nbs/data/shards.ipynb #shards-15
 def write_shards(
-    make: Callable,       # Numbers of samples, a range, to as many dicts of ending and bytes, or None for one that cannot be had
-    n: int,               # Samples in all
+    make: Callable,  # Numbers of samples, a range, to as many dicts of ending and bytes, or None for one that cannot be had
+    n: int,  # Samples in all
     folder: str | Path,
     per_shard: int = 1000,
     processes: PartialState | None = None,  # Of accelerate; None: this one alone
     about: dict | None = None,  # What the samples are, for made.json
-) -> Path:                # The folder, when every shard is there
+) -> Path:  # The folder, when every shard is there
     "Write samples 0 to n - 1 as `shard-000000.tar` and on; what is there is kept, ValueError for a folder of other samples."
-    try: from webdataset import TarWriter
-    except ImportError as error: raise ImportError("shards need webdataset: pip install 'versvideo[data]'") from error
+    try:
+        from webdataset import TarWriter
+    except ImportError as error:
+        raise ImportError("shards need webdataset: pip install 'versvideo[data]'") from error
     folder = Path(folder)
-    if n < 1 or per_shard < 1: raise ValueError(f"n={n}, per_shard={per_shard}: at least 1 each")
+    if n < 1 or per_shard < 1:
+        raise ValueError(f"n={n}, per_shard={per_shard}: at least 1 each")
     folder.mkdir(parents=True, exist_ok=True)
-    note, now = folder / "made.json", json.loads(json.dumps(dict(n=n, per_shard=per_shard, about=about or {})))   # as the file gives it back
-    if note.exists() and read_json(note) != now: raise ValueError(f"{folder} holds shards of {read_json(note)}, now asked for {now}: give another folder, or remove it")
+    note, now = (
+        folder / "made.json",
+        json.loads(json.dumps(dict(n=n, per_shard=per_shard, about=about or {}))),
+    )  # as the file gives it back
+    if note.exists() and read_json(note) != now:
+        raise ValueError(
+            f"{folder} holds shards of {read_json(note)}, now asked for {now}: give another folder, or remove it"
+        )
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
-    if rank == 0: write_json(note, now)
-    for left in folder.glob(".shard-[0-9]*-*"):   # by a run that was killed
-        if int(left.name.split("-")[1]) % world == rank: left.unlink()
+    if rank == 0:
+        write_json(note, now)
+    for left in folder.glob(".shard-[0-9]*-*"):  # by a run that was killed
+        if int(left.name.split("-")[1]) % world == rank:
+            left.unlink()
     firsts = range(0, n, per_shard)
     for k in progress([k for k in range(len(firsts)) if k % world == rank], "shards"):
         path, numbers = folder / f"shard-{k:06d}.tar", range(firsts[k], min(firsts[k] + per_shard, n))
-        if _made(path): continue
+        if _made(path):
+            continue
         samples = list(make(numbers))
-        if len(samples) != len(numbers): raise ValueError(f"{len(samples)} samples came for the numbers {numbers.start} to {numbers.stop - 1}: {len(numbers)} are needed, None for one that cannot be had")
+        if len(samples) != len(numbers):
+            raise ValueError(
+                f"{len(samples)} samples came for the numbers {numbers.start} to {numbers.stop - 1}: {len(numbers)} are needed, None for one that cannot be had"
+            )
         kept = {f"{i:08d}": sample for i, sample in zip(numbers, samples, strict=True) if sample is not None}
         known = dict(left_out=len(numbers) - len(kept))
         if kept:
             with atomic_path(path) as temp:
                 with open(temp, "wb") as file, TarWriter(file, mtime=0) as tar:
-                    for key, sample in kept.items(): tar.write({"__key__": key} | sample)
+                    for key, sample in kept.items():
+                        tar.write({"__key__": key} | sample)
             known |= note_of(path)
             index = Index(known, known["bytes"])
-            with open(path, "rb") as file: known["crc32"] = [checksum(index.parts(file, k)) for k in range(len(index))]
+            with open(path, "rb") as file:
+                known["crc32"] = [checksum(index.parts(file, k)) for k in range(len(index))]
         write_json(path.with_suffix(".json"), known)
-    if processes is not None: processes.wait_for_everyone()
+    if processes is not None:
+        processes.wait_for_everyone()
     missing = [k for k in range(len(firsts)) if not _made(folder / f"shard-{k:06d}.tar")]
-    if missing: raise RuntimeError(f"{len(missing)} of {len(firsts)} shards are missing in {folder}: run it again, what is there is kept")
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(firsts)} shards are missing in {folder}: run it again, what is there is kept"
+        )
     return folder
 
 # %% ../../nbs/data/shards.ipynb #shards-19
 class Shards:
     "Samples of a folder of tars by their numbers; `bad` has each shard that cannot be read, `unchecked` each note that does not fit its tar, and why."
+
     def __init__(self, folder: str | Path):
         self.folder, self.bad, self.unchecked, self.paths, self.indices = Path(folder), {}, {}, [], []
-        if not self.folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: give one of tars")
-        for path in sorted(p for p in self.folder.glob("*.tar") if not p.name.startswith(".")):   # a name that begins with a dot is of a file that is being written
-            try: index = self._index(path)
-            except (ValueError, OSError) as error: self.bad[path.name] = str(error).replace(str(path), path.name)
-            else: self.paths.append(path), self.indices.append(index)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}: give one of tars")
+        for path in sorted(
+            p for p in self.folder.glob("*.tar") if not p.name.startswith(".")
+        ):  # a name that begins with a dot is of a file that is being written
+            try:
+                index = self._index(path)
+            except (ValueError, OSError) as error:
+                self.bad[path.name] = str(error).replace(str(path), path.name)
+            else:
+                self.paths.append(path), self.indices.append(index)
         named = lambda why: "; ".join(list(why.values())[:3])
-        if self.bad: warnings.warn(f"{len(self.bad)} of {len(self.bad) + len(self.paths)} shards left out: {named(self.bad)}", stacklevel=2)
-        if self.unchecked: warnings.warn(f"the notes of {len(self.unchecked)} shards are damaged, or older than checksums; their tars were read instead, and what is in them is not checked: {named(self.unchecked)}; make these shards anew", stacklevel=2)
-        if not self.paths: raise ValueError(f"{folder} holds no shard that can be read: *.tar, as write_shards makes them")
+        if self.bad:
+            warnings.warn(
+                f"{len(self.bad)} of {len(self.bad) + len(self.paths)} shards left out: {named(self.bad)}", stacklevel=2
+            )
+        if self.unchecked:
+            warnings.warn(
+                f"the notes of {len(self.unchecked)} shards are damaged, or older than checksums; their tars were read instead, and what is in them is not checked: {named(self.unchecked)}; make these shards anew",
+                stacklevel=2,
+            )
+        if not self.paths:
+            raise ValueError(f"{folder} holds no shard that can be read: *.tar, as write_shards makes them")
         self.sizes = np.array([len(index) for index in self.indices])
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
 
@@ -151,15 +225,22 @@ class Shards:
         if note.exists():
             try:
                 index = Index(read_json(note), size)
-                if index.crc32 is None: self.unchecked[note.name] = f"{note.name} has no checksums"
+                if index.crc32 is None:
+                    self.unchecked[note.name] = f"{note.name} has no checksums"
                 return index
-            except Exception as error: self.unchecked[note.name] = f"{note.name}: {error!r}".replace(str(note), note.name)   # whatever may be in it: the tar says it, too
+            except Exception as error:
+                self.unchecked[note.name] = f"{note.name}: {error!r}".replace(
+                    str(note), note.name
+                )  # whatever may be in it: the tar says it, too
         return Index(note_of(path), size)
 
-    def __len__(self): return int(self.starts[-1])
+    def __len__(self):
+        return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> dict:
         "Bytes of sample i by ending, its key as `__key__` and its tar as `__url__`; ValueError for a shard that changed since it was written."
-        if not 0 <= i < len(self): raise IndexError(f"sample {i} of {len(self)}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        with open(self.paths[shard], "rb") as file: return self.indices[shard].sample(file, i - int(self.starts[shard]))
+        with open(self.paths[shard], "rb") as file:
+            return self.indices[shard].sample(file, i - int(self.starts[shard]))

@@ -50,54 +50,92 @@ def find_in(
 
 # %% ../../nbs/data/tables.ipynb #tables-07
 def read_table(
-    sheet: str | Path,   # CSV, or TSV
+    sheet: str | Path,  # CSV, or TSV
     folder: str | Path,  # With the files, somewhere in it
     kind: str = "paths",  # A row of `SHEETS`
     encoding: str = "utf-8-sig",  # Of the sheet
-) -> list:               # Of `Entry`, in the order of the sheet
+) -> list:  # Of `Entry`, in the order of the sheet
     "A set with a table of captions; a warning for rows that are damaged, whose file is missing or that have no caption, FileNotFoundError where none is left."
     column, texts = pick(SHEETS, kind, "kind")
-    find, found, left_out = find_in(folder), [], {"cannot be read": [], "have no file, or several of that name,": [], "have no caption": []}
+    find, found, left_out = (
+        find_in(folder),
+        [],
+        {"cannot be read": [], "have no file, or several of that name,": [], "have no caption": []},
+    )
     damaged, missing, silent = left_out.values()
     for i, row in enumerate(csv_rows(sheet, encoding), 1):
         if isinstance(row, csv.Error):
             damaged.append(f"row {i} ({row})")
             continue
         caption = next((name for name in texts if name in row), None)
-        if column not in row or caption is None: raise ValueError(f"{sheet} has the columns {list(row)}: kind={kind!r} needs {column} and {' or '.join(texts)}; kinds are {', '.join(SHEETS)}")
+        if column not in row or caption is None:
+            raise ValueError(
+                f"{sheet} has the columns {list(row)}: kind={kind!r} needs {column} and {' or '.join(texts)}; kinds are {', '.join(SHEETS)}"
+            )
         whole, said = (row[column] or "").strip(), several(row[caption])
-        for name, texts_of in [(f"{whole}_{k}", [text]) for k, text in enumerate(said)] if kind == "panda" else [(whole, said)]:
+        for name, texts_of in (
+            [(f"{whole}_{k}", [text]) for k, text in enumerate(said)] if kind == "panda" else [(whole, said)]
+        ):
             path, captions = find(name), tuple(filter(None, map(clean_caption, texts_of)))
-            if path is None: missing.append(name)
-            elif not captions: silent.append(name)
-            else: found.append(Entry(path, captions))
+            if path is None:
+                missing.append(name)
+            elif not captions:
+                silent.append(name)
+            else:
+                found.append(Entry(path, captions))
     n = len(found) + sum(map(len, left_out.values()))
     for what, names in left_out.items():
-        if names: warnings.warn(f"{len(names)} of {n} rows of {sheet} {what} and are left out: {', '.join(names[:5])}", stacklevel=2)
-    if not found: raise FileNotFoundError(f"{folder} holds none of the {n} files of {sheet} with a caption: paths in it are those below the folder")
+        if names:
+            warnings.warn(
+                f"{len(names)} of {n} rows of {sheet} {what} and are left out: {', '.join(names[:5])}", stacklevel=2
+            )
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds none of the {n} files of {sheet} with a caption: paths in it are those below the folder"
+        )
     return found
 
 # %% ../../nbs/data/tables.ipynb #tables-09
 def told(
-    text: bytes | None,   # Of the .txt beside a file
+    text: bytes | None,  # Of the .txt beside a file
     sheet: bytes | None,  # Of the .json
-) -> dict:                # Captions, height, width
+) -> dict:  # Captions, height, width
     "What the files beside a video or picture tell of it; no captions where they tell none."
-    try: sheet = json.loads(sheet or b"{}")
-    except (ValueError, RecursionError): sheet = {}   # damaged
-    if not isinstance(sheet, dict): sheet = {}
+    try:
+        sheet = json.loads(sheet or b"{}")
+    except (ValueError, RecursionError):
+        sheet = {}  # damaged
+    if not isinstance(sheet, dict):
+        sheet = {}
     caption = clean_caption(text) or clean_caption(str(sheet.get("caption") or sheet.get("text") or ""))
-    return dict(captions=(caption,) if caption else ()) | {edge: sheet[edge] for edge in ("height", "width") if isinstance(sheet.get(edge), int) and sheet[edge] > 0}
+    return dict(captions=(caption,) if caption else ()) | {
+        edge: sheet[edge] for edge in ("height", "width") if isinstance(sheet.get(edge), int) and sheet[edge] > 0
+    }
 
 # %% ../../nbs/data/tables.ipynb #tables-10
 def read_beside(
     folder: str | Path,  # Of videos or pictures
-) -> list:               # Of `Entry`
+) -> list:  # Of `Entry`
     "Each video or picture with the caption in a .txt beside it, or in the `caption` of a .json; a warning for those without."
     found, silent = [], []
     for path in media_of(folder):
-        entry = Entry(path, **told(*(beside.read_bytes()[:2**20] if (beside := path.with_suffix(end)).is_file() else None for end in (".txt", ".json"))))
+        entry = Entry(
+            path,
+            **told(
+                *(
+                    beside.read_bytes()[: 2**20] if (beside := path.with_suffix(end)).is_file() else None
+                    for end in (".txt", ".json")
+                )
+            ),
+        )
         (found if entry.captions else silent).append(entry)
-    if silent: warnings.warn(f"{len(silent)} of {len(found) + len(silent)} files of {folder} have no caption and are left out: {', '.join(e.path.name for e in silent[:5])}", stacklevel=2)
-    if not found: raise FileNotFoundError(f"no file of {folder} has a caption: put a .txt, or a .json with a caption, of the same name beside each")
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(found) + len(silent)} files of {folder} have no caption and are left out: {', '.join(e.path.name for e in silent[:5])}",
+            stacklevel=2,
+        )
+    if not found:
+        raise FileNotFoundError(
+            f"no file of {folder} has a caption: put a .txt, or a .json with a caption, of the same name beside each"
+        )
     return found

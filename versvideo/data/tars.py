@@ -26,15 +26,20 @@ def leads_out(name: str) -> bool:
 # %% ../../nbs/data/tars.ipynb #tars-05
 def tar_members(
     tar: str | Path,
-) -> dict:            # Name to where its bytes begin, and how many they are
+) -> dict:  # Name to where its bytes begin, and how many they are
     "Files in a tar; ValueError where it is damaged, cut off, or has a name that leads out of it."
     try:
         with tarfile.open(tar, "r:") as file:
-            found = {str(PurePosixPath(member.name)): (member.offset_data, member.size) for member in file if member.isfile()}
+            found = {
+                str(PurePosixPath(member.name)): (member.offset_data, member.size) for member in file if member.isfile()
+            }
             file.fileobj.seek(file.offset)
-            if file.fileobj.read(512) != bytes(512): raise EOFError(f"it is cut off, or damaged, after {len(found)} files")
-    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error: raise ValueError(f"{tar} cannot be read as a tar ({error}): fetch or make it anew") from error
-    if out := next(filter(leads_out, found), None): raise ValueError(f"{tar} has a member {out!r}, which leads out of it: make it anew")
+            if file.fileobj.read(512) != bytes(512):
+                raise EOFError(f"it is cut off, or damaged, after {len(found)} files")
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"{tar} cannot be read as a tar ({error}): fetch or make it anew") from error
+    if out := next(filter(leads_out, found), None):
+        raise ValueError(f"{tar} has a member {out!r}, which leads out of it: make it anew")
     return found
 
 # %% ../../nbs/data/tars.ipynb #tars-06
@@ -55,21 +60,34 @@ def read_member(tar: Path, members: dict, name: str, most: int = 2**20) -> bytes
 # %% ../../nbs/data/tars.ipynb #tars-08
 def read_image_shards(
     folder: str | Path,  # With tars somewhere in it
-) -> list:               # Of `Entry`, tar after tar
+) -> list:  # Of `Entry`, tar after tar
     "Each picture of tars with its caption and size; a warning for tars that cannot be read and pictures without caption, FileNotFoundError where none is left."
     tars, found, silent, bad = sorted(path for path in need_folder(folder).rglob("*.tar") if path.is_file()), [], [], []
     for tar in tars:
-        try: members = tar_members(tar)
+        try:
+            members = tar_members(tar)
         except ValueError as error:
             bad.append(str(error))
             continue
         for name in (PurePosixPath(name) for name in members):
-            if name.suffix.lower() not in PICTURES: continue
-            entry = Entry(tar / name, **told(*(read_member(tar, members, str(name.with_suffix(end))) for end in (".txt", ".json"))))
+            if name.suffix.lower() not in PICTURES:
+                continue
+            entry = Entry(
+                tar / name,
+                **told(*(read_member(tar, members, str(name.with_suffix(end))) for end in (".txt", ".json"))),
+            )
             (found if entry.captions else silent).append(entry)
-    if bad: warnings.warn(f"{len(bad)} of {len(tars)} tars of {folder} are left out: {'; '.join(bad[:5])}", stacklevel=2)
-    if silent: warnings.warn(f"{len(silent)} of {len(found) + len(silent)} pictures of {folder} have no caption and are left out: {', '.join(f'{e.path.parent.name}/{e.path.name}' for e in silent[:5])}", stacklevel=2)
-    if not found: raise FileNotFoundError(f"{folder} has {len(tars)} tars and none holds a picture with a caption: KEY.jpg and KEY.txt, or a caption in KEY.json, as img2dataset writes them")
+    if bad:
+        warnings.warn(f"{len(bad)} of {len(tars)} tars of {folder} are left out: {'; '.join(bad[:5])}", stacklevel=2)
+    if silent:
+        warnings.warn(
+            f"{len(silent)} of {len(found) + len(silent)} pictures of {folder} have no caption and are left out: {', '.join(f'{e.path.parent.name}/{e.path.name}' for e in silent[:5])}",
+            stacklevel=2,
+        )
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has {len(tars)} tars and none holds a picture with a caption: KEY.jpg and KEY.txt, or a caption in KEY.json, as img2dataset writes them"
+        )
     return found
 
 # %% ../../nbs/data/tars.ipynb #tars-09

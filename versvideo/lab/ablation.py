@@ -73,14 +73,26 @@ BUDGETS = {"smoke": Budget("smoke", (16, 32), 2, 2, 4, 18, 1), "XS": Budget("XS"
 def build(variant: Variant, budget: Budget) -> VersVideoUNet:
     "The network of a variant, from random numbers."
     row = SIZES[budget.size]
-    return without_excitations(VersVideoUNet(**row.unet | dict(block_out_channels=budget.widths, experts=(variant.experts,) * 2, sample_size=row.latent())), variant.without)
+    return without_excitations(
+        VersVideoUNet(
+            **row.unet
+            | dict(block_out_channels=budget.widths, experts=(variant.experts,) * 2, sample_size=row.latent())
+        ),
+        variant.without,
+    )
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-10
 def cost_of(variant: Variant, budget: Budget) -> dict:
     "Parameters while it learns and when it draws, and operations of a clip in millions, counted without allocating any."
-    with torch.device("meta"): unet = build(variant, budget)
+    with torch.device("meta"):
+        unet = build(variant, budget)
     flops, learning = count_flops(unet, SIZES[budget.size].latent()), unet.num_parameters()
-    return dict(variant=variant.name, parameters=learning, parameters_merged=(unet.merge_experts() if variant.experts > 1 else unet).num_parameters(), mflop=flops / 1e6)
+    return dict(
+        variant=variant.name,
+        parameters=learning,
+        parameters_merged=(unet.merge_experts() if variant.experts > 1 else unet).num_parameters(),
+        mflop=flops / 1e6,
+    )
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-11
 GUIDANCE = 4.   # Of what is scored
@@ -100,7 +112,19 @@ def bench_of(budget: Budget):
 def protocols_of(budget: Budget, seed: int = 0) -> dict:
     "How FVD, IS and FC come about, in words."
     bench, row, (video, clip) = bench_of(budget), SIZES[budget.size], judges()
-    said = lambda metric, extractor, against=False, notes="": str(bench.protocol(metric, extractor, against, seed, f"{row.frames}x{row.height}x{row.width}", type(training_scheduler()).__name__, budget.sampling, GUIDANCE, notes))
+    said = lambda metric, extractor, against=False, notes="": str(
+        bench.protocol(
+            metric,
+            extractor,
+            against,
+            seed,
+            f"{row.frames}x{row.height}x{row.width}",
+            type(training_scheduler()).__name__,
+            budget.sampling,
+            GUIDANCE,
+            notes,
+        )
+    )
     return dict(FVD=said("FVD", video, True), IS=said("IS", video, notes="one part"), FC=said("FC", clip))
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-14
@@ -108,14 +132,21 @@ def held_out_loss(unet, latents, text, seed=0) -> float:
     "Plain error of ε on clips that were not trained on, from the same noise and steps for every variant."
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        errors = [denoising_loss(unet, training_scheduler(), z.float(), words, 3.)["error"].item() for _ in range(4) for z, words in zip(latents.split(8), text.split(8), strict=True)]
+        errors = [
+            denoising_loss(unet, training_scheduler(), z.float(), words, 3.0)["error"].item()
+            for _ in range(4)
+            for z, words in zip(latents.split(8), text.split(8), strict=True)
+        ]
     return float(np.mean(errors))
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-15
 def made_with(budget: Budget) -> dict:
     "Checksums of everything a training takes as given and is judged by."
     vae, text_encoder, _ = load_frozen(budget.size)
-    return {name: tensors_digest(part.state_dict().values())[:16] for name, part in zip(("vae", "text", "video", "clip"), (vae, text_encoder, *judges()), strict=True)}
+    return {
+        name: tensors_digest(part.state_dict().values())[:16]
+        for name, part in zip(("vae", "text", "video", "clip"), (vae, text_encoder, *judges()), strict=True)
+    }
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-16
 def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> dict:
@@ -128,8 +159,20 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
     latents = cached_latents(folder.parent / "cache" / "train.safetensors", vae, world, budget.clips)
     others = cached_latents(folder.parent / "cache" / "test.safetensors", vae, unseen, min(64, budget.n))
     encode = lambda said: text_encoder(tokenize(tokenizer, said).to(device)).last_hidden_state
-    texts, no_text = torch.stack([tokenize(tokenizer, captions(a)) for a in world.attributes(range(budget.clips))]), tokenize(tokenizer, "")[0]
-    cfg = FitConfig(steps=budget.steps, batch_size=budget.batch, lr=1e-3, warmup=20, ema_decay=0.99, log_every=max(budget.steps // 20, 1), save_every=budget.steps, seed=seed)
+    texts, no_text = (
+        torch.stack([tokenize(tokenizer, captions(a)) for a in world.attributes(range(budget.clips))]),
+        tokenize(tokenizer, "")[0],
+    )
+    cfg = FitConfig(
+        steps=budget.steps,
+        batch_size=budget.batch,
+        lr=1e-3,
+        warmup=20,
+        ema_decay=0.99,
+        log_every=max(budget.steps // 20, 1),
+        save_every=budget.steps,
+        seed=seed,
+    )
     set_seed(seed)
     unet = build(variant, budget)
 
@@ -142,30 +185,69 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
 
     def loss(unet, batch):
         text = text_encoder(batch["ids"]).last_hidden_state
-        return denoising_loss(unet, training_scheduler(), batch["latents"], text, 1. if batch["latents"].shape[2] == 1 else 3., 100.)
+        return denoising_loss(
+            unet, training_scheduler(), batch["latents"], text, 1.0 if batch["latents"].shape[2] == 1 else 3.0, 100.0
+        )
 
     log = fit(cfg, unet, loss, batches, after_step=lambda net: net.exchange_experts(variant.beta))
-    if variant.experts > 1: unet.merge_experts()
-    with torch.no_grad(): error = held_out_loss(unet.to(device), others.to(device), encode([captions(a)[0] for a in unseen.attributes(range(len(others)))]))
+    if variant.experts > 1:
+        unet.merge_experts()
+    with torch.no_grad():
+        error = held_out_loss(
+            unet.to(device), others.to(device), encode([captions(a)[0] for a in unseen.attributes(range(len(others)))])
+        )
     pipe = VersVideoPipeline(vae, tokenizer, text_encoder, unet, training_scheduler()).to(device)
     pipe.set_progress_bar_config(disable=True)
     bench = bench_of(budget)
-    make = clips_of(pipe, bench.prompts, bench.frames, bench.geometry, seed, num_inference_steps=budget.sampling, guidance_scale=GUIDANCE, **dict(zip(("num_frames", "height", "width"), pipe.trained_size, strict=True)))
+    make = clips_of(
+        pipe,
+        bench.prompts,
+        bench.frames,
+        bench.geometry,
+        seed,
+        num_inference_steps=budget.sampling,
+        guidance_scale=GUIDANCE,
+        **dict(zip(("num_frames", "height", "width"), pipe.trained_size, strict=True)),
+    )
     video, clip = (judge.to(device) for judge in judges())
     numbers = [range(i, min(i + 16, budget.n)) for i in range(0, budget.n, 16)]
-    drawn, read_by = [make(part) for part in numbers], lambda extractor, clips: {name: value.cpu() for name, value in extractor(clips).items()}
+    drawn, read_by = (
+        [make(part) for part in numbers],
+        lambda extractor, clips: {name: value.cpu() for name, value in extractor(clips).items()},
+    )
     real = torch.cat([read_by(video, bench.real(part))["features"] for part in numbers])
-    found, looks = [read_by(video, clips) for clips in drawn], torch.cat([read_by(clip, clips)["frames"] for clips in drawn])
+    found, looks = (
+        [read_by(video, clips) for clips in drawn],
+        torch.cat([read_by(clip, clips)["frames"] for clips in drawn]),
+    )
     read = score(recognise(torch.cat(drawn).float() / 127.5 - 1), bench.attributes)
-    metrics = dict(loss=error, FVD=frechet_distance(real, torch.cat([f["features"] for f in found])), IS=inception_score(torch.cat([f["probabilities"] for f in found]), 1)[0], FC=fc_consecutive(looks).mean().item(),
-                   **{f"read_{k}": v for k, v in read.items() if k != "all"}, seconds=log.rows[-1]["seconds"])
-    write_run(folder, dict(variant=asdict(variant), seed=seed, budget=asdict(budget), made_with=made_with(budget), protocols=protocols_of(budget, seed)), metrics, log.rows)
+    metrics = dict(
+        loss=error,
+        FVD=frechet_distance(real, torch.cat([f["features"] for f in found])),
+        IS=inception_score(torch.cat([f["probabilities"] for f in found]), 1)[0],
+        FC=fc_consecutive(looks).mean().item(),
+        **{f"read_{k}": v for k, v in read.items() if k != "all"},
+        seconds=log.rows[-1]["seconds"],
+    )
+    write_run(
+        folder,
+        dict(
+            variant=asdict(variant),
+            seed=seed,
+            budget=asdict(budget),
+            made_with=made_with(budget),
+            protocols=protocols_of(budget, seed),
+        ),
+        metrics,
+        log.rows,
+    )
     return metrics
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-18
 def _train(variant, seed, budget, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "metrics.json").exists(): train_variant(variant, seed, budget, folder)   # by now another process may have made it
+    if not (folder / "metrics.json").exists():
+        train_variant(variant, seed, budget, folder)  # by now another process may have made it
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-19
 def _one(arguments):
@@ -177,31 +259,43 @@ def _place(folder, name, seed): return Path(folder) / f"{name.replace(' ', '-')}
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-21
 def train_all(
-    variants: list,    # Of `Variant`
-    seeds: int,        # Trainings of each
+    variants: list,  # Of `Variant`
+    seeds: int,  # Trainings of each
     budget: Budget,
     folder: str | Path,  # Shared by all ablations of a budget
     at_once: int = 1,  # Trainings at the same time
-) -> dict:             # Name of a variant to the numbers of its seeds
+) -> dict:  # Name of a variant to the numbers of its seeds
     "Train what is missing; ValueError where the folder holds trainings of another budget."
     folder = Path(folder)
-    if len({v.name for v in variants}) < len(variants): raise ValueError(f"variants={[v.name for v in variants]} name one twice")
-    if seeds < 2 or at_once < 1: raise ValueError(f"seeds={seeds}, at_once={at_once}: at least two seeds, as an interval needs them, and one at once")
+    if len({v.name for v in variants}) < len(variants):
+        raise ValueError(f"variants={[v.name for v in variants]} name one twice")
+    if seeds < 2 or at_once < 1:
+        raise ValueError(
+            f"seeds={seeds}, at_once={at_once}: at least two seeds, as an interval needs them, and one at once"
+        )
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     places = {(v.name, s): _place(folder, v.name, s) for v in variants for s in range(seeds)}
-    there = {key for key, place in places.items() if (place / "metrics.json").exists() and (place / "config.json").exists()}
+    there = {
+        key for key, place in places.items() if (place / "metrics.json").exists() and (place / "config.json").exists()
+    }
     given = made_with(budget)
     for (name, seed), place in places.items():
-        if (name, seed) not in there: continue
+        if (name, seed) not in there:
+            continue
         found, wanted = read_json(place / "config.json"), next(asdict(v) for v in variants if v.name == name)
         for what, value in dict(variant=wanted, budget=asdict(budget), made_with=given).items():
-            if found.get(what) != (value := {k: list(x) if isinstance(x, tuple) else x for k, x in value.items()}): raise ValueError(f"{place} holds a training with {what}={found.get(what)}, now asked for {value}: choose another folder")
+            if found.get(what) != (value := {k: list(x) if isinstance(x, tuple) else x for k, x in value.items()}):
+                raise ValueError(
+                    f"{place} holds a training with {what}={found.get(what)}, now asked for {value}: choose another folder"
+                )
     missing = [(v, s, budget, places[v.name, s]) for s in range(seeds) for v in variants if (v.name, s) not in there]
     if missing and at_once > 1:
-        _one(missing.pop(0))   # alone, as it makes the latents that all share
-        with ProcessPoolExecutor(at_once, get_context("spawn")) as pool: list(progress(pool.map(_one, missing), "train", total=len(missing), every=1))
+        _one(missing.pop(0))  # alone, as it makes the latents that all share
+        with ProcessPoolExecutor(at_once, get_context("spawn")) as pool:
+            list(progress(pool.map(_one, missing), "train", total=len(missing), every=1))
     else:
-        for job in progress(missing, "train", every=1): _train(*job)
+        for job in progress(missing, "train", every=1):
+            _train(*job)
     return {v.name: [read_json(places[v.name, s] / "metrics.json") for s in range(seeds)] for v in variants}
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-22
@@ -210,7 +304,10 @@ def curves_of(variants: list, seeds: int, folder: str | Path) -> list:
     rows = []
     for name, seed in [(v.name, s) for v in variants for s in range(seeds)]:
         with open(_place(folder, name, seed) / "curve.csv", newline="", encoding="utf-8") as file:
-            rows += [dict(variant=name, seed=seed) | {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            rows += [
+                dict(variant=name, seed=seed) | {key: float(value) for key, value in row.items() if value}
+                for row in csv.DictReader(file)
+            ]
     return rows
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-24
@@ -229,18 +326,19 @@ MEASURES = dict(loss=-1, FVD=-1, IS=1, FC=1, read_motion=1, read_shape=1)   # 1 
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-26
 def compare_variants(
-    found: dict,    # Of `train_all`
+    found: dict,  # Of `train_all`
     baseline: str,  # The variant that the others are held against
     measures: dict = MEASURES,
     claimed: tuple = (),  # Measures that a verdict is asked for, chosen before the runs; empty: all
-) -> list:          # A row for each variant and measure
+) -> list:  # A row for each variant and measure
     """Mean of each measure over the seeds, and its difference from the baseline, seed by seed, with intervals.
 
     The verdict is by a paired t test at 5 % over all comparisons with a verdict: of so many, some intervals leave out zero by chance (Holm 1979). `decided_from` is how large a difference that spreads so over the seeds
     has to be for a verdict at the first step.
     """
     pick(found, baseline, "baseline")
-    for measure in claimed: pick(measures, measure, "measure")
+    for measure in claimed:
+        pick(measures, measure, "measure")
     rows, chances, claimed = [], [], claimed or tuple(measures)
     tests = len(claimed) * (len(found) - 1)
     for name, runs in found.items():
@@ -249,11 +347,26 @@ def compare_variants(
             mean, low, high = over_seeds(values)
             change, below, above = over_seeds(values, base)
             steps = np.subtract(values, base)
-            asked = dict(verdict="not decided", decided_from=float(stats.t.ppf(1 - 0.025 / tests, len(steps) - 1) * steps.std(ddof=1) / len(steps)**0.5)) if measure in claimed and name != baseline else {}
-            rows.append(dict(variant=name, measure=measure, value=mean, low=low, high=high) | ({} if name == baseline else dict(difference=change, from_=below, to=above)) | asked)
-            if name != baseline and measure in claimed and steps.any(): chances.append((float(stats.ttest_1samp(steps, 0).pvalue) if steps.std() else 0., len(rows) - 1))
+            asked = (
+                dict(
+                    verdict="not decided",
+                    decided_from=float(
+                        stats.t.ppf(1 - 0.025 / tests, len(steps) - 1) * steps.std(ddof=1) / len(steps) ** 0.5
+                    ),
+                )
+                if measure in claimed and name != baseline
+                else {}
+            )
+            rows.append(
+                dict(variant=name, measure=measure, value=mean, low=low, high=high)
+                | ({} if name == baseline else dict(difference=change, from_=below, to=above))
+                | asked
+            )
+            if name != baseline and measure in claimed and steps.any():
+                chances.append((float(stats.ttest_1samp(steps, 0).pvalue) if steps.std() else 0.0, len(rows) - 1))
     for rank, (chance, i) in enumerate(sorted(chances)):
-        if chance * (tests - rank) > 0.05: break
+        if chance * (tests - rank) > 0.05:
+            break
         rows[i]["verdict"] = "better" if rows[i]["difference"] * measures[rows[i]["measure"]] > 0 else "worse"
     return rows
 
@@ -263,14 +376,18 @@ def verdicts(
 ) -> str:
     "What the table says of each comparison with a verdict, a line each, and how many came out how."
     asked = [r for r in rows if "verdict" in r]
-    lines = [f"{r['variant']}, {r['measure']}: {r['difference']:+.4g} [{r['from_']:+.4g}, {r['to']:+.4g}]; {r['verdict']}" + (f", a difference counts from ±{r['decided_from']:.4g} on" if r["verdict"] == "not decided" else "") for r in asked]
+    lines = [
+        f"{r['variant']}, {r['measure']}: {r['difference']:+.4g} [{r['from_']:+.4g}, {r['to']:+.4g}]; {r['verdict']}"
+        + (f", a difference counts from ±{r['decided_from']:.4g} on" if r["verdict"] == "not decided" else "")
+        for r in asked
+    ]
     counts = [f"{sum(r['verdict'] == said for r in asked)} {said}" for said in ("better", "worse", "not decided")]
     return "\n".join([*lines, f"Of {len(asked)} comparisons: {', '.join(counts)}."])
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-28
 def as_record(
-    rows: list,      # Of `compare_variants`
-    found: dict,     # Of `train_all`
+    rows: list,  # Of `compare_variants`
+    found: dict,  # Of `train_all`
     costs: list = (),  # Of `cost_of`
 ) -> dict:
     "By variant and measure, every number with its interval and those of the seeds; what a variant costs beside them."
@@ -278,5 +395,10 @@ def as_record(
     for r in rows:
         change = dict(difference=dict(value=r["difference"], low=r["from_"], high=r["to"])) if "difference" in r else {}
         change |= {key: r[key] for key in ("verdict", "decided_from") if key in r}
-        record.setdefault(r["variant"], {})[r["measure"]] = dict(value=r["value"], low=r["low"], high=r["high"], seeds=[one[r["measure"]] for one in found[r["variant"]]]) | change
+        record.setdefault(r["variant"], {})[r["measure"]] = (
+            dict(
+                value=r["value"], low=r["low"], high=r["high"], seeds=[one[r["measure"]] for one in found[r["variant"]]]
+            )
+            | change
+        )
     return record

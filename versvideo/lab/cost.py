@@ -61,14 +61,23 @@ def middle_half(values: list) -> tuple:
 
 # %% ../../nbs/lab/cost.ipynb #cost-09
 def compare_times(
-    seconds: dict,   # From `take_turns`
-    baseline: str,   # The case that the others are held against
-) -> list:           # One dict a case
+    seconds: dict,  # From `take_turns`
+    baseline: str,  # The case that the others are held against
+) -> list:  # One dict a case
     "Median seconds of each case, and the ratio to the baseline of the same round."
     rows = []
     for name, values in seconds.items():
         ratio, low, high = middle_half([v / b for v, b in zip(values, seconds[baseline], strict=True)])
-        rows.append(dict(case=name, seconds=statistics.median(values), ratio=ratio, ratio_low=low, ratio_high=high, rounds=len(values)))
+        rows.append(
+            dict(
+                case=name,
+                seconds=statistics.median(values),
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
+                rounds=len(values),
+            )
+        )
     return rows
 
 # %% ../../nbs/lab/cost.ipynb #cost-14
@@ -76,9 +85,10 @@ def keep_freed_memory() -> bool:  # Whether there was such an allocator
     "What is free goes back to the system, what is freed from now on glibc's allocator keeps for this process; without glibc nothing happens."
     gc.collect()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"): return False
+    if not hasattr(libc, "mallopt"):
+        return False
     libc.malloc_trim(0)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4   # the names of malloc.h
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the names of malloc.h
     return all(libc.mallopt(which, n) for which, n in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)))
 
 # %% ../../nbs/lab/cost.ipynb #cost-19
@@ -89,23 +99,29 @@ class FactorizedConv(MultiExcitationConv):
 # %% ../../nbs/lab/cost.ipynb #cost-20
 class PartialConv(MultiExcitationConv):
     "A MEC with some of its excited branches: scale ⊙ Σ (1 + M) of those that are left."
-    def gate(self, z): return self.scale * sum(1 + getattr(self, name)(z) for name in BRANCHES.values() if hasattr(self, name))
+
+    def gate(self, z):
+        return self.scale * sum(1 + getattr(self, name)(z) for name in BRANCHES.values() if hasattr(self, name))
 
 # %% ../../nbs/lab/cost.ipynb #cost-21
-BRANCHES = {"spatial": "where", "channel": "which", "motion": "when"}   # Equations (3) to (5), and their module in a MEC
+BRANCHES = {"spatial": "where", "channel": "which", "motion": "when"}  # Equations (3) to (5), and their module in a MEC
 
 
 def without_excitations(
-    module: torch.nn.Module,           # Every MEC inside loses them, in place
-    branches: tuple = tuple(BRANCHES)  # Names of `BRANCHES`; all of them leave the baseline of MEC, none changes nothing
+    module: torch.nn.Module,  # Every MEC inside loses them, in place
+    branches: tuple = tuple(
+        BRANCHES
+    ),  # Names of `BRANCHES`; all of them leave the baseline of MEC, none changes nothing
 ) -> torch.nn.Module:
     "Leave excited branches out."
     parts = [pick(BRANCHES, name, "branch") for name in branches]
     for m in module.modules():
         if type(m) is MultiExcitationConv and parts:
             m.__class__ = FactorizedConv if len(parts) == len(BRANCHES) else PartialConv
-            for name in parts: delattr(m, name)
-            if len(parts) == len(BRANCHES): del m.scale
+            for name in parts:
+                delattr(m, name)
+            if len(parts) == len(BRANCHES):
+                del m.scale
     return module
 
 # %% ../../nbs/lab/cost.ipynb #cost-22
@@ -122,17 +138,27 @@ def variants(
 
 # %% ../../nbs/lab/cost.ipynb #cost-27
 def others(
-    small: bool = False  # Narrow ones of the same kinds, for a try
-) -> dict:               # Name to UNet, in evaluation mode
+    small: bool = False,  # Narrow ones of the same kinds, for a try
+) -> dict:  # Name to UNet, in evaluation mode
     "The UNets of ModelScope's text-to-video model and of AnimateDiff on Stable Diffusion 1.5."
     modelscope, animatediff = {}, dict(cross_attention_dim=768)
     if small:
         narrow = dict(block_out_channels=(32, 32), norm_num_groups=8, cross_attention_dim=64, layers_per_block=1)
-        modelscope = narrow | dict(down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-                                   attention_head_dim=16)
-        animatediff = narrow | dict(down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-                                    motion_num_attention_heads=2, num_attention_heads=2)
-    return {"ModelScope": UNet3DConditionModel(**modelscope).eval(), "AnimateDiff": UNetMotionModel(**animatediff).eval()}
+        modelscope = narrow | dict(
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            attention_head_dim=16,
+        )
+        animatediff = narrow | dict(
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            motion_num_attention_heads=2,
+            num_attention_heads=2,
+        )
+    return {
+        "ModelScope": UNet3DConditionModel(**modelscope).eval(),
+        "AnimateDiff": UNetMotionModel(**animatediff).eval(),
+    }
 
 # %% ../../nbs/lab/cost.ipynb #cost-28
 def random_inputs(

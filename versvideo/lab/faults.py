@@ -45,13 +45,18 @@ def _hole(data, rng):
 def _declare(data, rng):
     "Every field of four or two bytes that says the width, large."
     wide, narrow = (64).to_bytes(4, "big"), (64).to_bytes(2, "big")
-    return data.replace(wide, rng.randint(2**14, 2**31 - 1).to_bytes(4, "big")).replace(narrow, rng.randint(2**12, 2**16 - 1).to_bytes(2, "big"))
+    return data.replace(wide, rng.randint(2**14, 2**31 - 1).to_bytes(4, "big")).replace(
+        narrow, rng.randint(2**12, 2**16 - 1).to_bytes(2, "big")
+    )
 
 # %% ../../nbs/lab/faults.ipynb #faults-10
 def _frames(data, n):
     "The first frames of a video, after a header that stands even where there are none."
     made = io.BytesIO()
-    with av.open(io.BytesIO(data)) as file, av.open(made, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as out:
+    with (
+        av.open(io.BytesIO(data)) as file,
+        av.open(made, "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as out,
+    ):
         stream = out.add_stream_from_template(file.streams.video[0])
         out.start_encoding()
         for packet in islice((p for p in file.demux(video=0) if p.size), n):
@@ -83,11 +88,20 @@ def _huge():
     return _mp4("png", [black] * 8, rate=8, width=8192, height=8192, pix_fmt="monob")
 
 # %% ../../nbs/lab/faults.ipynb #faults-14
-BREAKS = {   # Kind to a function of the bytes of a good file and a random number generator
-    "cut off": _cut, "bits flipped": _flip, "a hole": _hole, "huge sizes": _declare,
-    "huge frames": lambda data, rng: _huge(), "one frame": lambda data, rng: _frames(data, 1), "no frames": lambda data, rng: _frames(data, 0), "sound alone": lambda data, rng: _sound(),
-    "empty": lambda data, rng: b"", "text": lambda data, rng: b"not a video, " * rng.randint(1, 1000), "noise": lambda data, rng: rng.randbytes(rng.randint(1, 5000)),
-    "twice": lambda data, rng: data + data, "tail": lambda data, rng: data[rng.randrange(len(data)):],
+BREAKS = {  # Kind to a function of the bytes of a good file and a random number generator
+    "cut off": _cut,
+    "bits flipped": _flip,
+    "a hole": _hole,
+    "huge sizes": _declare,
+    "huge frames": lambda data, rng: _huge(),
+    "one frame": lambda data, rng: _frames(data, 1),
+    "no frames": lambda data, rng: _frames(data, 0),
+    "sound alone": lambda data, rng: _sound(),
+    "empty": lambda data, rng: b"",
+    "text": lambda data, rng: b"not a video, " * rng.randint(1, 1000),
+    "noise": lambda data, rng: rng.randbytes(rng.randint(1, 5000)),
+    "twice": lambda data, rng: data + data,
+    "tail": lambda data, rng: data[rng.randrange(len(data)) :],
 }
 
 # %% ../../nbs/lab/faults.ipynb #faults-15

@@ -87,24 +87,30 @@ class FusedAttention(torch.autograd.Function):
         return out
 
 # %% ../../nbs/lab/plan.ipynb #plan-20
-def activation_bytes(
-    size: Size
-) -> tuple:  # Bytes for one clip in fp32: all of them, and with gradient checkpointing
+def activation_bytes(size: Size) -> tuple:  # Bytes for one clip in fp32: all of them, and with gradient checkpointing
     "What a training step keeps for its backward pass, counted without allocating any."
     kept, parts = {}, []
     held = lambda: sum(storage.nbytes() for storage in kept.values())
-    def before(part, inputs): parts.append([inputs[0].nbytes, held()])
-    def after(part, inputs, output): parts[-1][1] = held() - parts[-1][1]
+
+    def before(part, inputs):
+        parts.append([inputs[0].nbytes, held()])
+
+    def after(part, inputs, output):
+        parts[-1][1] = held() - parts[-1][1]
+
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights: kept[storage._cdata] = storage
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
     unet = meta_unet(size).train()
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     for part in [*(m for m in unet.modules() if isinstance(m, Layer)), unet.middle_out]:
         part.register_forward_pre_hook(before), part.register_forward_hook(after)
-    fused = patch.object(F, "scaled_dot_product_attention", lambda query, key, value, **options: FusedAttention.apply(query, key, value))
+    fused = patch.object(
+        F, "scaled_dot_product_attention", lambda query, key, value, **options: FusedAttention.apply(query, key, value)
+    )
     with torch.device("meta"), fused, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         unet(*example(unet, size.latent()))
     inputs, inside = zip(*parts, strict=True)
@@ -140,74 +146,121 @@ def largest_batch(
 
 # %% ../../nbs/lab/plan.ipynb #plan-29
 def measured_peak(
-    size: str,                    # A row of SIZES
-    batch: int,                   # Clips
+    size: str,  # A row of SIZES
+    batch: int,  # Clips
     checkpointing: bool = False,  # With gradient checkpointing
 ) -> int:
     "Bytes that two training steps took at most in this process, which must be new: on a GPU, or by the high-water mark of Linux."
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     def peak():
-        if device.type == "cuda": return torch.cuda.max_memory_allocated()
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
     start = peak()
     unet = VersVideoUNet(**SIZES[size].unet).to(device).train()
-    if checkpointing: unet.enable_gradient_checkpointing()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
     average = [p.detach().clone() for p in unet.parameters()]
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
     for _ in range(2):
         unet(*example(unet, SIZES[size].latent(), batch)).sample.square().mean().backward()
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
-        for mean, p in zip(average, unet.parameters(), strict=True): mean.lerp_(p.detach(), 0.1)
+        for mean, p in zip(average, unet.parameters(), strict=True):
+            mean.lerp_(p.detach(), 0.1)
     return peak() - start
 
 # %% ../../nbs/lab/plan.ipynb #plan-33
 def launch_command(
     size: str,
-    processes: int = 1,     # GPUs
-    machines: int = 1,      # With as many of them each
+    processes: int = 1,  # GPUs
+    machines: int = 1,  # With as many of them each
     sharded: bool = False,  # By FSDP2, where the states of a size are too large for one GPU
 ) -> str:
     "How the training of the UNet is started."
     run = f"results/20_train_unet-{size}-s0"
-    if processes == 1: return f"papermill nbs/20_train_unet.ipynb {run}.ipynb -p size {size} -p out {run}"
-    cluster = f" --num_machines {machines} --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500" if machines > 1 else ""
+    if processes == 1:
+        return f"papermill nbs/20_train_unet.ipynb {run}.ipynb -p size {size} -p out {run}"
+    cluster = (
+        f" --num_machines {machines} --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500"
+        if machines > 1
+        else ""
+    )
     shard = " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP" if sharded else ""
     return f"accelerate launch --num_processes {processes}{cluster}{shard} -m versvideo.trainers.loop nbs/20_train_unet.ipynb size={size} out={run}"
 
 # %% ../../nbs/lab/plan.ipynb #plan-34
 def require_training_memory(
-    name: str,                           # Of the size, for the message
-    size: Size,                          # It, with the experts that are asked for
-    cfg,                                 # `FitConfig`: its batch size and precision count
-    checkpointing: bool = False,         # With gradient checkpointing
+    name: str,  # Of the size, for the message
+    size: Size,  # It, with the experts that are asked for
+    cfg,  # `FitConfig`: its batch size and precision count
+    checkpointing: bool = False,  # With gradient checkpointing
     device: torch.device | None = None,  # Where it would train
-    shards: int = 1,                     # Processes that share the states, with FSDP
+    shards: int = 1,  # Processes that share the states, with FSDP
 ):
     "MemoryError, before anything is allocated, when weights, optimiser and one batch of a size do not fit."
     need = training_bytes(size, cfg.mixed_precision)
     batch, kept = cfg.batch_size * need["a clip, checkpointed" if checkpointing else "a clip"], states(need) / shards
     require_memory(
-        kept + batch, f"training size {name} ({need['weights']/4e6:.0f} M parameters: {kept/2**30:.1f} GiB for weights, gradients, AdamW and moving "
-        f"average, {batch/2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
-        f"take a smaller size, or a machine with so much on each GPU, there with: {launch_command(name, 8)}, or share the states: {launch_command(name, 8, sharded=True)}", device=device)
+        kept + batch,
+        f"training size {name} ({need['weights'] / 4e6:.0f} M parameters: {kept / 2**30:.1f} GiB for weights, gradients, AdamW and moving "
+        f"average, {batch / 2**30:.1f} GiB for a batch of {cfg.batch_size} clips)",
+        f"take a smaller size, or a machine with so much on each GPU, there with: {launch_command(name, 8)}, or share the states: {launch_command(name, 8, sharded=True)}",
+        device=device,
+    )
 
 # %% ../../nbs/lab/plan.ipynb #plan-35
 def show_plan(
-    name: str,                    # Of the size
-    size: Size,                   # It, with the experts that are asked for
-    cfg,                          # `FitConfig`
+    name: str,  # Of the size
+    size: Size,  # It, with the experts that are asked for
+    cfg,  # `FitConfig`
     checkpointing: bool = False,  # With gradient checkpointing
     cards: tuple = (24, 80, 141),  # GB of the GPUs to plan for
 ):
     "Print what training a size takes: parameters, operations, memory, the batch that fits and the commands."
     trained, merged = (parameters_by_part(meta_unet(size, merged=m)) for m in (False, True))
     millions = lambda part, n, m: dict(part=part, as_trained_M=round(n / 1e6, 2), merged_M=round(m / 1e6, 2))
-    print(show_table([millions(part, trained[part], merged[part]) for part in PARTS] + [millions("all", sum(trained.values()), sum(merged.values()))]), end="\n\n")
+    print(
+        show_table(
+            [millions(part, trained[part], merged[part]) for part in PARTS]
+            + [millions("all", sum(trained.values()), sum(merged.values()))]
+        ),
+        end="\n\n",
+    )
     flops = count_flops(meta_unet(size), size.latent())
-    print(show_table([dict(latent="×".join(map(str, size.latent())), forward_TFLOP=flops / 1e12,
-                     step_TFLOP=(4 if checkpointing else 3) * cfg.batch_size * flops / 1e12, steps=cfg.steps)]), end="\n\n")
+    print(
+        show_table(
+            [
+                dict(
+                    latent="×".join(map(str, size.latent())),
+                    forward_TFLOP=flops / 1e12,
+                    step_TFLOP=(4 if checkpointing else 3) * cfg.batch_size * flops / 1e12,
+                    steps=cfg.steps,
+                )
+            ]
+        ),
+        end="\n\n",
+    )
     need = training_bytes(size, cfg.mixed_precision)
     print(show_table([dict(what=name, GB=round(n / 1e9, 2)) for name, n in need.items()]), end="\n\n")
-    print(show_table([{"GPU": f"{card} GB", "clips that fit": largest_batch(need, card * 1e9, False),
-                 "clips that fit, checkpointed": largest_batch(need, card * 1e9, True)} for card in cards]), end="\n\n")
-    for gpus in (dict(processes=1), dict(processes=8), dict(processes=8, sharded=True), dict(processes=64, machines=8, sharded=True)): print(launch_command(name, **gpus))
+    print(
+        show_table(
+            [
+                {
+                    "GPU": f"{card} GB",
+                    "clips that fit": largest_batch(need, card * 1e9, False),
+                    "clips that fit, checkpointed": largest_batch(need, card * 1e9, True),
+                }
+                for card in cards
+            ]
+        ),
+        end="\n\n",
+    )
+    for gpus in (
+        dict(processes=1),
+        dict(processes=8),
+        dict(processes=8, sharded=True),
+        dict(processes=64, machines=8, sharded=True),
+    ):
+        print(launch_command(name, **gpus))

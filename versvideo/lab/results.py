@@ -29,18 +29,22 @@ def _flat(record: dict, prefix: str = "") -> dict:
 # %% ../../nbs/lab/results.ipynb #results-06
 def read_runs(
     folder: str | Path = "results",  # Folder of run folders, relative to the repository
-) -> list[dict]:                     # One dict a finished run: `run`, its settings, its numbers
+) -> list[dict]:  # One dict a finished run: `run`, its settings, its numbers
     "Records of all finished runs in order of their names; ValueError where two records disagree."
     runs = []
     root = repo_path(folder)
-    for path in sorted([*root.glob("*/metrics.json"), *root.glob("[a-z]*/*/metrics.json")]):   # runs begin with a number, machines with a letter
+    for path in sorted(
+        [*root.glob("*/metrics.json"), *root.glob("[a-z]*/*/metrics.json")]
+    ):  # runs begin with a number, machines with a letter
         config = path.with_name("config.json")
         settings = _flat(read_json(config)) if config.exists() else {}
         numbers = _flat(read_json(path))
         both = {k for k in settings.keys() & numbers.keys() if settings[k] != numbers[k]}
         if both:
-            raise ValueError(f"{path.parent} says two things about {', '.join(sorted(both))}: "
-                             "config.json and metrics.json must agree")
+            raise ValueError(
+                f"{path.parent} says two things about {', '.join(sorted(both))}: "
+                "config.json and metrics.json must agree"
+            )
         runs.append({"run": path.parent.relative_to(root).as_posix(), **settings, **numbers})
     return runs
 
@@ -74,7 +78,15 @@ def judged(folder: Path, run: str) -> list:
 def marks(folder: Path, *runs: str) -> list:
     "What was to be reached, and what was (43_follow, 44_style)."
     found = [mark for run in runs for mark in read_json(folder / run / "metrics.json")["marks"]]
-    return [{"measure": m["measure"], "to reach": m["mark"], "value": _interval(m), "reached": "yes" if m["reached"] else "no"} for m in found]
+    return [
+        {
+            "measure": m["measure"],
+            "to reach": m["mark"],
+            "value": _interval(m),
+            "reached": "yes" if m["reached"] else "no",
+        }
+        for m in found
+    ]
 
 # %% ../../nbs/lab/results.ipynb #results-19
 def decoders(folder: Path, *runs: str) -> list:
@@ -82,17 +94,49 @@ def decoders(folder: Path, *runs: str) -> list:
     rows = []
     for run in runs:
         found, config = (read_json(folder / run / f"{name}.json") for name in ("metrics", "config"))
-        rows.append({"run": f"[{run}](results/{run}.ipynb)", "clips": config["n"], "flicker": f"{_interval(found['flicker, ratio'])} times"} | {f"flicker, {kind}": f"{_interval(found[f'flicker, ratio, {kind}'])} times" if f"flicker, ratio, {kind}" in found else "" for kind in ("plain", "full")} | { "PSNR": _interval(found["psnr_db, difference"], "+.2f", " dB"), "SSIM": _interval(found["ssim, difference"], "+.3f"),
-                     "perceptual": f"{_interval(found['perceptual, ratio'])} times", "FVD": " against ".join(_interval(next(v for k, v in found[name].items() if k.startswith("FVD"))) for name in ("TCM-VAE", "image decoder"))})
+        rows.append(
+            {
+                "run": f"[{run}](results/{run}.ipynb)",
+                "clips": config["n"],
+                "flicker": f"{_interval(found['flicker, ratio'])} times",
+            }
+            | {
+                f"flicker, {kind}": f"{_interval(found[f'flicker, ratio, {kind}'])} times"
+                if f"flicker, ratio, {kind}" in found
+                else ""
+                for kind in ("plain", "full")
+            }
+            | {
+                "PSNR": _interval(found["psnr_db, difference"], "+.2f", " dB"),
+                "SSIM": _interval(found["ssim, difference"], "+.3f"),
+                "perceptual": f"{_interval(found['perceptual, ratio'])} times",
+                "FVD": " against ".join(
+                    _interval(next(v for k, v in found[name].items() if k.startswith("FVD")))
+                    for name in ("TCM-VAE", "image decoder")
+                ),
+            }
+        )
     return rows
 
 # %% ../../nbs/lab/results.ipynb #results-20
 def decoder_parts(folder: Path, run: str) -> list:
     "The decoder with parts left out; mean over the seeds, smallest and largest (53_ablation_vae)."
-    with open(folder / run / "ablation.csv") as file: found = {(row["without"], row["clips"]): row for row in csv.DictReader(file)}
+    with open(folder / run / "ablation.csv") as file:
+        found = {(row["without"], row["clips"]): row for row in csv.DictReader(file)}
     cell = lambda row, names, form, unit: _interval([float(row[k]) for k in names], form, unit)
-    measures = {"flicker": (("flicker", "flicker_low", "flicker_high"), ".3f", ""), "PSNR": (("psnr_db", "psnr_low", "psnr_high"), "+.2f", " dB")}
-    return [{"left out": part} | {f"{label}, {kind}": cell(found[part, clips], *how) for label, how in measures.items() for kind, clips in (("plain", "one plain object"), ("full", "everything"))} for part in dict.fromkeys(part for part, _ in found)]
+    measures = {
+        "flicker": (("flicker", "flicker_low", "flicker_high"), ".3f", ""),
+        "PSNR": (("psnr_db", "psnr_low", "psnr_high"), "+.2f", " dB"),
+    }
+    return [
+        {"left out": part}
+        | {
+            f"{label}, {kind}": cell(found[part, clips], *how)
+            for label, how in measures.items()
+            for kind, clips in (("plain", "one plain object"), ("full", "everything"))
+        }
+        for part in dict.fromkeys(part for part, _ in found)
+    ]
 
 # %% ../../nbs/lab/results.ipynb #results-21
 def scored(folder: Path, run: str) -> list:
@@ -100,37 +144,67 @@ def scored(folder: Path, run: str) -> list:
     found = read_json(folder / run / "metrics.json")
     metrics = sorted({metric for scores in found.values() for metric in scores})
     form = lambda metric: ".1f" if metric.startswith("FVD") else ".2f" if metric.startswith("IS") else ".3f"
-    return [{"clips": name} | {metric: _interval(scores[metric], form(metric)) if metric in scores else "" for metric in metrics} for name, scores in found.items() if isinstance(scores, dict) and metrics]
+    return [
+        {"clips": name}
+        | {metric: _interval(scores[metric], form(metric)) if metric in scores else "" for metric in metrics}
+        for name, scores in found.items()
+        if isinstance(scores, dict) and metrics
+    ]
 
 # %% ../../nbs/lab/results.ipynb #results-22
 def ablated(folder: Path, run: str) -> list:
     "Variants of the UNet: each measure, and its difference from the baseline with the interval over seeds (50 to 52)."
     found = read_json(folder / run / "metrics.json")
+
     def cell(measure, form):
         change = measure.get("difference")
-        return f"{measure['value']:{form}}" + (f" ({change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]{', ' + measure['verdict'] if measure.get('verdict', 'not decided') != 'not decided' else ''})" if change else "")
+        return f"{measure['value']:{form}}" + (
+            f" ({change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]{', ' + measure['verdict'] if measure.get('verdict', 'not decided') != 'not decided' else ''})"
+            if change
+            else ""
+        )
+
     forms = dict(loss=".4f", FVD=".1f", IS=".2f", FC=".4f")
-    return [{"variant": name, "parameters": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"} | {key: cell(row[key], form) for key, form in forms.items()} for name, row in found.items()]
+    return [
+        {"variant": name, "parameters": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"}
+        | {key: cell(row[key], form) for key, form in forms.items()}
+        for name, row in found.items()
+    ]
 
 # %% ../../nbs/lab/results.ipynb #results-23
-COSTS = {   # Label to the table and case of a record, and the case it is compared with
+COSTS = {  # Label to the table and case of a record, and the case it is compared with
     "sampling step, L, 16×32×32 latents, experts merged": ("inference", "merged", "baseline"),
     "training step, S, 8 clips of 16×16×16 latents": ("training step", "both", "baseline"),
-    "a layer of 320 channels, 8×16×16, compiled, forward and backward": ("layer, forward and backward, compiled", "both", "baseline"),
+    "a layer of 320 channels, 8×16×16, compiled, forward and backward": (
+        "layer, forward and backward, compiled",
+        "both",
+        "baseline",
+    ),
     "MEC alone, the same, forward": ("convolution, forward, compiled", "MEC", "baseline"),
     "MEC alone, the same, forward and backward": ("convolution, forward and backward, compiled", "MEC", "baseline"),
-    "sampling step, H against ModelScope's UNet, 8×16×16 latents": ("beside others", "VersVideo H, merged", "ModelScope"),
+    "sampling step, H against ModelScope's UNet, 8×16×16 latents": (
+        "beside others",
+        "VersVideo H, merged",
+        "ModelScope",
+    ),
 }
 
 # %% ../../nbs/lab/results.ipynb #results-24
 def costs(folder: Path, run: str) -> list:
     "Time and operations of MEC and experts (60_cost)."
-    with open(folder / run / "cost.csv") as file: found = {(row["table"], row["case"]): row for row in csv.DictReader(file)}
+    with open(folder / run / "cost.csv") as file:
+        found = {(row["table"], row["case"]): row for row in csv.DictReader(file)}
     rows = []
     for label, (table, case, other) in COSTS.items():
         one, beside = found[table, case], found[table, other]
         flops = f"{float(one['TFLOP']):.3f} and {float(beside['TFLOP']):.3f}" if one["TFLOP"] else ""
-        rows.append({"against the same net without them": label, "time": _interval([float(one[k]) for k in ("ratio", "ratio_low", "ratio_high")]), "TFLOP of both": flops})
+        rows.append(
+            {
+                "against the same net without them": label,
+                "time": _interval([float(one[k]) for k in ("ratio", "ratio_low", "ratio_high")]),
+                "TFLOP of both": flops,
+            }
+        )
     return rows
 
 # %% ../../nbs/lab/results.ipynb #results-25
@@ -138,26 +212,58 @@ def on_gpu(folder: Path, run: str) -> list:
     "Time and memory of training steps and of a sample (61_gpu)."
     found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
     checkpointed = {False: "", True: ", gradient checkpointing"}
-    rows = [(f"a step of the UNet of {r['size']}, {r['batch']} clips{checkpointed[r['checkpointing']]}", r) for r in found["training"]]
-    learns = lambda r: f", {r['conditions']} conditions and style, {r['learn_M']:.0f} M parameters learn" if "conditions" in r else ""
-    rows += [(f"a step of stage 2 of {r['size']}, a clip of {r['clip']}{learns(r)}, gradient checkpointing", r) for r in found["stage 2"]]
-    rows += [(f"{config['steps']} sampling steps with guidance, {config['sizes'].split()[-1]}, bf16, {r['form']}, latents only", r) for r in found["sampling"]]
-    return [{"what": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"], "GB at most": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
+    rows = [
+        (f"a step of the UNet of {r['size']}, {r['batch']} clips{checkpointed[r['checkpointing']]}", r)
+        for r in found["training"]
+    ]
+    learns = lambda r: (
+        f", {r['conditions']} conditions and style, {r['learn_M']:.0f} M parameters learn" if "conditions" in r else ""
+    )
+    rows += [
+        (f"a step of stage 2 of {r['size']}, a clip of {r['clip']}{learns(r)}, gradient checkpointing", r)
+        for r in found["stage 2"]
+    ]
+    rows += [
+        (
+            f"{config['steps']} sampling steps with guidance, {config['sizes'].split()[-1]}, bf16, {r['form']}, latents only",
+            r,
+        )
+        for r in found["sampling"]
+    ]
+    return [
+        {
+            "what": what,
+            "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"],
+            "GB at most": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else "",
+        }
+        for what, r in rows
+    ]
 
 # %% ../../nbs/lab/results.ipynb #results-26
-TABLES = {"judged": judged, "marks": marks, "decoders": decoders, "decoder_parts": decoder_parts, "scored": scored, "ablated": ablated, "costs": costs, "on_gpu": on_gpu}
+TABLES = {
+    "judged": judged,
+    "marks": marks,
+    "decoders": decoders,
+    "decoder_parts": decoder_parts,
+    "scored": scored,
+    "ablated": ablated,
+    "costs": costs,
+    "on_gpu": on_gpu,
+}
 TABLE = re.compile(r"(<!-- table: (\w+) ([\w/ -]+?) -->\n)((?:\|.*\n)*)")
 
 
 def fill_tables(
-    text: str,                       # Markdown
+    text: str,  # Markdown
     folder: str | Path = "results",  # Of the runs, relative to the repository
 ) -> str:
     "A text with its tables built from the records; FileNotFoundError for a run without them."
+
     def build(match):
         rows = pick(TABLES, match[2], "table")(repo_path(folder), *match[3].split())
         line = lambda cells: f"| {' | '.join(map(str, cells))} |\n"
         return match[1] + line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(line(row.values()) for row in rows)
+
     return TABLE.sub(build, text)
 
 # %% ../../nbs/lab/results.ipynb #results-30
@@ -174,13 +280,16 @@ def _values(record):
 # %% ../../nbs/lab/results.ipynb #results-31
 def _cells(path):
     "All numbers of a CSV."
-    with open(path) as file: return [float(cell) for row in csv.reader(file) for cell in row if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)]
+    with open(path) as file:
+        return [
+            float(cell) for row in csv.reader(file) for cell in row if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)
+        ]
 
 # %% ../../nbs/lab/results.ipynb #results-32
 def unfounded_numbers(
-    text: str,                       # Markdown
+    text: str,  # Markdown
     folder: str | Path = "results",  # Of the runs, relative to the repository
-) -> list:                           # Number and the start of its block
+) -> list:  # Number and the start of its block
     "Numbers of a text that no linked run has; FileNotFoundError for a link to a run without records."
     found, runs = [], []
     for block in re.split(r"\n\s*\n", text):
@@ -188,27 +297,48 @@ def unfounded_numbers(
         runs = sorted(built | set(RUN.findall(block))) or (runs if block.lstrip().startswith("|") else [])
         known = []
         for run in runs:
-            files = [path for path in sorted((repo_path(folder) / run).glob("*")) if path.suffix == ".json" or path.suffix == ".csv" and path.stem not in ("curve", "readings", "clips")]
-            if not files: raise FileNotFoundError(f"results/{run} is linked to and has no config.json or metrics.json")
-            known += [v for path in files for v in (_values(read_json(path)) if path.suffix == ".json" else _cells(path))]
+            files = [
+                path
+                for path in sorted((repo_path(folder) / run).glob("*"))
+                if path.suffix == ".json" or path.suffix == ".csv" and path.stem not in ("curve", "readings", "clips")
+            ]
+            if not files:
+                raise FileNotFoundError(f"results/{run} is linked to and has no config.json or metrics.json")
+            known += [
+                v for path in files for v in (_values(read_json(path)) if path.suffix == ".json" else _cells(path))
+            ]
         bare = re.sub(r"`[^`]*`|\]\([^)]*\)|Python [\d.]+( to [\d.]+)?", " ", TABLE.sub("", f"{block}\n"))
         for digits, unit in NUMBER.findall(bare):
-            if "." not in digits and not unit: continue   # a count
-            places, value, factor = len(digits.partition(".")[2]), float(digits), {"%": 100, "minutes": 1 / 60}.get(unit.strip(), 1)
-            if not any(abs(factor * v - value) <= 0.5001 * 10**-places for v in known): found.append((digits + unit, block.strip()[:60]))
+            if "." not in digits and not unit:
+                continue  # a count
+            places, value, factor = (
+                len(digits.partition(".")[2]),
+                float(digits),
+                {"%": 100, "minutes": 1 / 60}.get(unit.strip(), 1),
+            )
+            if not any(abs(factor * v - value) <= 0.5001 * 10**-places for v in known):
+                found.append((digits + unit, block.strip()[:60]))
     return found
 
 # %% ../../nbs/lab/results.ipynb #results-36
 def assumptions(
     folder: str | Path = "nbs",  # Of the notebooks, relative to the repository
-) -> list:                       # Notebook and text
+) -> list:  # Notebook and text
     "The sentences that begin with an assumption, in the order of the notebooks."
     found = []
     for path in sorted(repo_path(folder).rglob("*.ipynb")):
         for cell in read_json(path)["cells"]:
-            if cell["cell_type"] != "markdown": continue
-            for text in re.findall(r"\*\*Assumption:?\*\*:?(.*?)(?=\n\s*\n|\*\*Assumption|\Z)", "".join(cell["source"]), re.S):
-                found.append(dict(notebook=path.stem, assumption=" ".join(text.split()).lstrip("( ").replace("the paper is silent): ", "")))
+            if cell["cell_type"] != "markdown":
+                continue
+            for text in re.findall(
+                r"\*\*Assumption:?\*\*:?(.*?)(?=\n\s*\n|\*\*Assumption|\Z)", "".join(cell["source"]), re.S
+            ):
+                found.append(
+                    dict(
+                        notebook=path.stem,
+                        assumption=" ".join(text.split()).lstrip("( ").replace("the paper is silent): ", ""),
+                    )
+                )
     return found
 
 # %% ../../nbs/lab/results.ipynb #results-40
@@ -216,23 +346,33 @@ TIMES = re.compile(r"seconds|time|_ms\b|_gib?\b|memory|provenance|per_s\b|a_seco
 
 # %% ../../nbs/lab/results.ipynb #results-41
 def drifted(
-    before: dict,             # A `metrics.json`
-    after: dict,              # That of the same run, made again
+    before: dict,  # A `metrics.json`
+    after: dict,  # That of the same run, made again
     tolerance: float = 0.05,  # Of a number without an interval, relative
-) -> list:                    # Name, before, after
+) -> list:  # Name, before, after
     "Numbers of a run that came out differently, or not at all, the second time."
     found, triple = [], dict.fromkeys(("value", "low", "high")).keys()
+
     def compare(name, old, new):
         numbers = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-        if TIMES.search(name): return
+        if TIMES.search(name):
+            return
         if isinstance(old, dict) and isinstance(new, dict):
-            if triple <= old.keys() & new.keys(): compare(name, [old[k] for k in triple], [new[k] for k in triple]); old, new = ({k: v for k, v in x.items() if k not in triple} for x in (old, new))
-            for key in old | new: compare(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
+            if triple <= old.keys() & new.keys():
+                compare(name, [old[k] for k in triple], [new[k] for k in triple])
+                old, new = ({k: v for k, v in x.items() if k not in triple} for x in (old, new))
+            for key in old | new:
+                compare(f"{name}.{key}".lstrip("."), old.get(key), new.get(key))
         elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            if len(old) == 3 and all(map(numbers, old + new)) and old[1] <= old[0] <= old[2]: same = old[1] <= new[0] <= old[2] or close(old[0], new[0])
-            else: return [compare(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
-            if not same: found.append((name, old, new))
-        elif not (close(old, new) if numbers(old) and numbers(new) else old == new): found.append((name, old, new))
+            if len(old) == 3 and all(map(numbers, old + new)) and old[1] <= old[0] <= old[2]:
+                same = old[1] <= new[0] <= old[2] or close(old[0], new[0])
+            else:
+                return [compare(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
+            if not same:
+                found.append((name, old, new))
+        elif not (close(old, new) if numbers(old) and numbers(new) else old == new):
+            found.append((name, old, new))
+
     close = lambda old, new: abs(new - old) <= max(abs(old), 0.02) * tolerance
     compare("", before, after)
     return found

@@ -46,51 +46,87 @@ def cover(
 # %% ../../nbs/media/pixels.ipynb #pixels-10
 def picture_tensor(image: Image.Image) -> torch.Tensor:
     "A PIL image as it is shown, uint8 `3 h w`: turned as its camera says, what is transparent on white; of 16 bits a pixel the upper 8."
-    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"): raise ValueError(f"its pixels are of PIL's mode {image.mode}, whose range is not known: save it with 8 or 16 bits a pixel")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are of PIL's mode {image.mode}, whose range is not known: save it with 8 or 16 bits a pixel"
+        )
     image = ImageOps.exif_transpose(image).convert("RGBA")
-    return torch.from_numpy(np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))).permute(2, 0, 1).contiguous()
+    return (
+        torch.from_numpy(np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")))
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 # %% ../../nbs/media/pixels.ipynb #pixels-13
 def check_clips(
     clips: torch.Tensor,  # `b 3 t h w`, uint8 or float in [-1, 1]
-    name: str,            # Of whoever asks
+    name: str,  # Of whoever asks
     frames: tuple = (1, None),  # At least, at most
-) -> torch.Tensor:        # float32 in [-1, 1]
+) -> torch.Tensor:  # float32 in [-1, 1]
     "Clips as numbers; ValueError or TypeError for what is none, saying what is wrong with them."
-    if not isinstance(clips, torch.Tensor): raise TypeError(f"{name} was given a {type(clips).__name__}: give a tensor `b 3 t h w`")
-    if clips.ndim != 5 or clips.shape[1] != 3 or 0 in clips.shape: raise ValueError(f"{name} was given clips of shape {tuple(clips.shape)}: give `b 3 t h w`, none of them empty")
+    if not isinstance(clips, torch.Tensor):
+        raise TypeError(f"{name} was given a {type(clips).__name__}: give a tensor `b 3 t h w`")
+    if clips.ndim != 5 or clips.shape[1] != 3 or 0 in clips.shape:
+        raise ValueError(f"{name} was given clips of shape {tuple(clips.shape)}: give `b 3 t h w`, none of them empty")
     least, most = frames
     if clips.shape[2] < least or (most and clips.shape[2] > most):
-        raise ValueError(f"{name} takes {'exactly ' + str(least) if least == most else 'at least ' + str(least)} frames, these clips have {clips.shape[2]}")
-    if clips.dtype == torch.uint8: return clips / 127.5 - 1
-    if not clips.is_floating_point(): raise TypeError(f"{name} was given {clips.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
+        raise ValueError(
+            f"{name} takes {'exactly ' + str(least) if least == most else 'at least ' + str(least)} frames, these clips have {clips.shape[2]}"
+        )
+    if clips.dtype == torch.uint8:
+        return clips / 127.5 - 1
+    if not clips.is_floating_point():
+        raise TypeError(f"{name} was given {clips.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
     clips = clips.float()
-    if not clips.isfinite().all(): raise ValueError(f"{name} was given {int((~clips.isfinite()).flatten(1).any(1).sum())} clips with values that are not numbers: leave them out, or mend what made them")
-    if clips.abs().max() > 1.1: raise ValueError(f"{name} was given floats from {clips.min():.4g} to {clips.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
+    if not clips.isfinite().all():
+        raise ValueError(
+            f"{name} was given {int((~clips.isfinite()).flatten(1).any(1).sum())} clips with values that are not numbers: leave them out, or mend what made them"
+        )
+    if clips.abs().max() > 1.1:
+        raise ValueError(
+            f"{name} was given floats from {clips.min():.4g} to {clips.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8"
+        )
     return clips.clamp(-1, 1)
 
 # %% ../../nbs/media/pixels.ipynb #pixels-17
 def as_pictures(
-    image,      # PIL images, arrays `h w 3`, tensors `3 h w` (uint8 or float in [0, 1]); one, a list, or as `b …`
+    image,  # PIL images, arrays `h w 3`, tensors `3 h w` (uint8 or float in [0, 1]); one, a list, or as `b …`
     name: str,  # Of the argument
     size: tuple | None = None,  # Height and width to cover; None: as they are, all alike
-) -> torch.Tensor:              # uint8, `b 3 h w`
+) -> torch.Tensor:  # uint8, `b 3 h w`
     "Pictures as one tensor; TypeError or ValueError for what is none."
     several = isinstance(image, (list, tuple)) or (isinstance(image, (torch.Tensor, np.ndarray)) and image.ndim == 4)
     pictures = []
     for one in image if several else [image]:
-        if isinstance(one, Image.Image) and 0 in one.size: raise ValueError(f"{name} holds a picture of {one.size[0]}x{one.size[1]} pixels: give one with at least one")
-        if isinstance(one, Image.Image): one = picture_tensor(one)
-        if isinstance(one, np.ndarray) and one.ndim != 3: raise ValueError(f"{name} holds an array of shape {one.shape}: an array is `h w 3`")
-        if isinstance(one, np.ndarray): one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
-        if not isinstance(one, torch.Tensor): raise TypeError(f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`; read_picture(path) opens a file")
-        if one.ndim != 3 or one.shape[0] != 3 or 0 in one.shape: raise ValueError(f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`")
+        if isinstance(one, Image.Image) and 0 in one.size:
+            raise ValueError(
+                f"{name} holds a picture of {one.size[0]}x{one.size[1]} pixels: give one with at least one"
+            )
+        if isinstance(one, Image.Image):
+            one = picture_tensor(one)
+        if isinstance(one, np.ndarray) and one.ndim != 3:
+            raise ValueError(f"{name} holds an array of shape {one.shape}: an array is `h w 3`")
+        if isinstance(one, np.ndarray):
+            one = torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1)
+        if not isinstance(one, torch.Tensor):
+            raise TypeError(
+                f"{name} holds a {type(one).__name__}: give PIL images, arrays `h w 3` or tensors `3 h w`; read_picture(path) opens a file"
+            )
+        if one.ndim != 3 or one.shape[0] != 3 or 0 in one.shape:
+            raise ValueError(
+                f"{name} holds a picture of shape {tuple(one.shape)}: a tensor is `3 h w`, an array `h w 3`"
+            )
         if one.dtype != torch.uint8:
-            if not one.is_floating_point() or not (one.min() >= 0 and one.max() <= 1): raise ValueError(f"{name} has values outside [0, 1]: give floats of that range, or uint8")
+            if not one.is_floating_point() or not (one.min() >= 0 and one.max() <= 1):
+                raise ValueError(f"{name} has values outside [0, 1]: give floats of that range, or uint8")
             one = (one * 255).round().byte()
         pictures.append(cover(one[:, None].cpu(), size)[:, 0] if size else one)
-    if len({p.shape for p in pictures}) != 1: raise ValueError(f"{name} holds pictures of {len({p.shape for p in pictures})} sizes: give at least one, all alike")
+    if len({p.shape for p in pictures}) != 1:
+        raise ValueError(
+            f"{name} holds pictures of {len({p.shape for p in pictures})} sizes: give at least one, all alike"
+        )
     return torch.stack(pictures)
 
 # %% ../../nbs/media/pixels.ipynb #pixels-21

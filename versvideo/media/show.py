@@ -105,11 +105,11 @@ def show_clips(
 
 # %% ../../nbs/media/show.ipynb #show-18
 def plot_curves(
-    rows: list[dict],                # Curve rows
-    x: str = "step",                 # Key on the horizontal axis
-    y: list[str] | None = None,      # Keys to draw; None draws every other number of the rows
+    rows: list[dict],  # Curve rows
+    x: str = "step",  # Key on the horizontal axis
+    y: list[str] | None = None,  # Keys to draw; None draws every other number of the rows
     path: str | Path | None = None,  # JPEG file to write as well
-    by: str = "",                    # Key with a line for each of its values, through the means of rows alike in `x`
+    by: str = "",  # Key with a line for each of its values, through the means of rows alike in `x`
 ) -> None:
     "Draw one small diagram for each key of `y` and show them as one JPEG."
     try:
@@ -121,15 +121,20 @@ def plot_curves(
     y = y or [k for k in numbers if k not in (x, by)]
     unknown = [k for k in [x, *y] if k not in numbers] + [by] * any(by and by not in row for row in rows)
     if not rows or unknown:
-        raise ValueError(f"{', '.join(unknown) or 'rows'} cannot be drawn: the rows hold "
-                         f"{', '.join(numbers) or 'no numbers'}")
+        raise ValueError(
+            f"{', '.join(unknown) or 'rows'} cannot be drawn: the rows hold {', '.join(numbers) or 'no numbers'}"
+        )
     figure = Figure(figsize=(4 * len(y), 2.6), dpi=80, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(y), squeeze=False)[0], y, strict=True):
         kept, lines = [row for row in rows if row.get(x) is not None and row.get(name) is not None], {}
-        for row in kept if by else (): lines.setdefault(row[by], {}).setdefault(row[x], []).append(row[name])
-        for value, line in lines.items(): axes.plot(sorted(line), [np.mean(line[place]) for place in sorted(line)], label=value)
-        if by: axes.legend(fontsize="small")
-        else: axes.plot([row[x] for row in kept], [row[name] for row in kept])
+        for row in kept if by else ():
+            lines.setdefault(row[by], {}).setdefault(row[x], []).append(row[name])
+        for value, line in lines.items():
+            axes.plot(sorted(line), [np.mean(line[place]) for place in sorted(line)], label=value)
+        if by:
+            axes.legend(fontsize="small")
+        else:
+            axes.plot([row[x] for row in kept], [row[name] for row in kept])
         axes.set(xlabel=x, title=name)
         axes.grid(alpha=0.3)
     data = io.BytesIO()

@@ -51,20 +51,28 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
 # %% ../../nbs/media/video.ipynb #video-11
 def _write_pictures(frames: np.ndarray, path: Path, fps: float, kind: str, **options) -> None:
     first, *others = [Image.fromarray(frame) for frame in frames]
-    unit = 10 if kind == "GIF" else 1   # milliseconds; what is rounded at one frame is made up for at the next
-    milliseconds = np.maximum(2 * unit, unit * np.diff(np.round(1000 / unit * np.arange(len(frames) + 1) / fps))).astype(int).tolist()
+    unit = 10 if kind == "GIF" else 1  # milliseconds; what is rounded at one frame is made up for at the next
+    milliseconds = (
+        np.maximum(2 * unit, unit * np.diff(np.round(1000 / unit * np.arange(len(frames) + 1) / fps)))
+        .astype(int)
+        .tolist()
+    )
     first.save(path, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
 
 # %% ../../nbs/media/video.ipynb #video-12
 def write_video(
     clip: torch.Tensor,  # One clip `c t h w`, 1 or 3 channels; float in [-1, 1] or uint8
-    path: str | Path,    # File to write: .mp4 (H.264, yuv420p), .gif or .webp, which is smaller and lossy
-    fps: float = 8,      # Frames a second
-    scale: int = 1,      # Each pixel is repeated this often in both directions
-) -> Path:               # The file
+    path: str | Path,  # File to write: .mp4 (H.264, yuv420p), .gif or .webp, which is smaller and lossy
+    fps: float = 8,  # Frames a second
+    scale: int = 1,  # Each pixel is repeated this often in both directions
+) -> Path:  # The file
     "Write a clip, atomically; ValueError for another suffix or shape, an OSError for a bad folder."
     path = Path(path)
-    writers = {".mp4": _write_mp4, ".gif": partial(_write_pictures, kind="GIF"), ".webp": partial(_write_pictures, kind="WEBP", quality=60, method=6)}
+    writers = {
+        ".mp4": _write_mp4,
+        ".gif": partial(_write_pictures, kind="GIF"),
+        ".webp": partial(_write_pictures, kind="WEBP", quality=60, method=6),
+    }
     if path.suffix.lower() not in writers:
         raise ValueError(f"{path.name} ends in {path.suffix!r}: choose .mp4, .gif or .webp")
     if not fps > 0:
@@ -79,11 +87,15 @@ def _read_pictures(path: Path) -> tuple:
     "All frames `t h w 3`, and the second at which each begins, and the last one ends."
     try:
         with Image.open(path) as file:
-            read = [(_seek(file, i), _lasting(file.info.get("duration", 0))) for i in range(getattr(file, "n_frames", 1))]
+            read = [
+                (_seek(file, i), _lasting(file.info.get("duration", 0))) for i in range(getattr(file, "n_frames", 1))
+            ]
             frames, lasting = zip(*read, strict=True)
             return np.stack(frames), np.cumsum([0, *lasting])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: it is damaged or something else") from error
+        raise ValueError(
+            f"{path} cannot be read as {path.suffix[1:].upper()}: it is damaged or something else"
+        ) from error
 
 # %% ../../nbs/media/video.ipynb #video-17
 def _lasting(milliseconds: float) -> float:
@@ -109,18 +121,21 @@ def _spaced(available: int, frames: int | None, path: Path, stride: int | None =
 
 # %% ../../nbs/media/video.ipynb #video-22
 def read_video(
-    path: str | Path,           # A video file or an animated GIF or WebP
+    path: str | Path,  # A video file or an animated GIF or WebP
     frames: int | None = None,  # Number of evenly spaced frames; None reads all of them
     stride: int | None = None,  # Every so many frames from the first on, in place of evenly spaced
-    fps: float | None = None,   # In place of both, so many a second from the first on; at most `frames`
-) -> torch.Tensor:              # uint8 `c t h w`
+    fps: float | None = None,  # In place of both, so many a second from the first on; at most `frames`
+) -> torch.Tensor:  # uint8 `c t h w`
     "Read a video; FileNotFoundError, ValueError for a damaged file. The frames lie in memory as they were decoded, channels last."
     path = Path(path)
-    if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)): raise ValueError(f"{frames=}, {stride=}: give whole numbers from 1 on, or None")
-    if fps is not None and not 0 < fps < float("inf"): raise ValueError(f"{fps=}: give frames a second, above 0")
+    if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)):
+        raise ValueError(f"{frames=}, {stride=}: give whole numbers from 1 on, or None")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise ValueError(f"{fps=}: give frames a second, above 0")
     if fps is not None and stride is not None:
         raise ValueError(f"{fps=}, {stride=}: give frames a second or a stride, not both")
-    if path.is_dir(): raise FileNotFoundError(f"{path} is a folder: give a file in it")
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     if path.suffix.lower() in (".gif", ".webp"):
@@ -133,7 +148,8 @@ def read_video(
 # %% ../../nbs/media/video.ipynb #video-23
 def _chosen(times, frames, path, stride, fps, end=None):
     "Indices of the frames asked for, from the second at which each begins; at a steady rate, those that are on the screen then, up to the end where it is known."
-    if fps is None: return _spaced(len(times), frames, path, stride)
+    if fps is None:
+        return _spaced(len(times), frames, path, stride)
     count = 1 + int((times[-1] - times[0]) * fps + 1e-3) if end is None else max(1, round((end - times[0]) * fps))
     steady = times[0] + np.arange(count if frames is None else min(count, frames)) / fps
     return (np.searchsorted(times, steady + 1e-3, side="right") - 1).tolist()
@@ -150,35 +166,45 @@ def _index(path: Path, decode: bool = False) -> _Index:
     "Read the times of all frames, without decoding them where the file says them."
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
-        if decode or file.format.name in ("avi", "mpeg"):   # whose packets do not say it, or not rightly
+        if decode or file.format.name in ("avi", "mpeg"):  # whose packets do not say it, or not rightly
             times = [frame.time for frame in file.decode(stream)]
-            if file.format.name == "avi": times = [i / stream.average_rate for i in range(len(times))]   # AVI has a rate and no times
+            if file.format.name == "avi":
+                times = [i / stream.average_rate for i in range(len(times))]  # AVI has a rate and no times
             return _Index(np.array(times, float), {}, [0])
-        found, unit = [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard], float(stream.time_base)
+        found, unit = (
+            [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard],
+            float(stream.time_base),
+        )
     stamps = [pts for pts, _ in found]
-    if not found or None in stamps or len(set(stamps)) < len(found): return _index(path, decode=True)
+    if not found or None in stamps or len(set(stamps)) < len(found):
+        return _index(path, decode=True)
     place = {pts: i for i, pts in enumerate(sorted(stamps))}
     return _Index(np.array(list(place)) * unit, place, sorted({0} | {place[pts] for pts, key in found if key}))
 
 # %% ../../nbs/media/video.ipynb #video-26
 def _decoded(path: Path, index: _Index, wanted: list) -> np.ndarray | None:
     "Frames `t h w 3` of these places, decoded from the key frame before each; None where one does not come out."
-    found, at, pixels = None, -1, VideoReformatter()   # one for all frames: to set it up takes as long as to decode
+    found, at, pixels = None, -1, VideoReformatter()  # one for all frames: to set it up takes as long as to decode
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
-        stream.thread_count = 1   # other processes have the other cores
+        stream.thread_count = 1  # other processes have the other cores
         decoded, stamps = file.decode(stream), list(index.place)
         for i in sorted(set(wanted)):
             key = index.keys[np.searchsorted(index.keys, i, side="right") - 1]
-            if key > at + 1:   # frames in between are not asked for
+            if key > at + 1:  # frames in between are not asked for
                 file.seek(stamps[key], stream=stream)
                 decoded = file.decode(stream)
             for frame in decoded:
                 at = index.place.get(frame.pts, at) if index.place else at + 1
-                if at >= i: break
-            if at != i: return _decoded(path, index._replace(keys=[0]), wanted) if len(index.keys) > 1 else None   # where the file seeks elsewhere, from its start
+                if at >= i:
+                    break
+            if at != i:
+                return (
+                    _decoded(path, index._replace(keys=[0]), wanted) if len(index.keys) > 1 else None
+                )  # where the file seeks elsewhere, from its start
             seen = np.rot90(pixels.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
-            if found is None: found = np.empty((len(wanted), *seen.shape), np.uint8)
+            if found is None:
+                found = np.empty((len(wanted), *seen.shape), np.uint8)
             found[np.equal(wanted, i)] = seen
     return found
 
@@ -186,13 +212,19 @@ def _decoded(path: Path, index: _Index, wanted: list) -> np.ndarray | None:
 def _asked_for(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
     "Frames of a video, `t h w 3`."
     try:
-        for decode in (False, True):   # once more where the packets say other things than what comes out, as with hidden frames
+        for decode in (
+            False,
+            True,
+        ):  # once more where the packets say other things than what comes out, as with hidden frames
             index = _index(path, decode)
             wanted = _chosen(index.times, frames, path, stride, fps)
-            if (found := _decoded(path, index, wanted)) is not None: return found
+            if (found := _decoded(path, index, wanted)) is not None:
+                return found
         raise IndexError("a frame is missing")
     except (av.FFmpegError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as video: it is damaged or not a video ({error}); convert it first, for example with ffmpeg -i {path.name} converted.mp4, which leaves damaged frames out") from error
+        raise ValueError(
+            f"{path} cannot be read as video: it is damaged or not a video ({error}); convert it first, for example with ffmpeg -i {path.name} converted.mp4, which leaves damaged frames out"
+        ) from error
 
 # %% ../../nbs/media/video.ipynb #video-39
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts", ".3gp")
@@ -207,23 +239,24 @@ class FolderClips(NamedTuple):
 # %% ../../nbs/media/video.ipynb #video-40
 def read_clip(
     path: str | Path,  # A video
-    size: tuple,       # `(t, h, w)`, t at most
-    fps: float = 8,    # Frames taken of each second
-) -> torch.Tensor:     # uint8 `3 t h w`
+    size: tuple,  # `(t, h, w)`, t at most
+    fps: float = 8,  # Frames taken of each second
+) -> torch.Tensor:  # uint8 `3 t h w`
     "The first seconds of a video at a steady rate, cut to a size; ValueError or FileNotFoundError naming the file where it cannot be read."
     return cover(read_video(path, frames=size[0], fps=fps), size[1:])
 
 # %% ../../nbs/media/video.ipynb #video-41
 def read_folder(
-    folder: str | Path,      # With files of `VIDEO_SUFFIXES` in it
-    frames: int,             # Of each clip
-    size: tuple[int, int],   # Height and width of each clip
-    stride: int = 1,         # Every so many frames of a video
+    folder: str | Path,  # With files of `VIDEO_SUFFIXES` in it
+    frames: int,  # Of each clip
+    size: tuple[int, int],  # Height and width of each clip
+    stride: int = 1,  # Every so many frames of a video
 ) -> FolderClips:
     "The first frames of each video of a folder; a warning for files left out, ValueError where none can be read."
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: check the path")
-    if stride < 1: raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
+    if stride < 1:
+        raise ValueError(f"{stride=}: take every frame with 1, every second with 2")
     clips, bad = {}, {}
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEO_SUFFIXES):
         try:
@@ -233,16 +266,22 @@ def read_folder(
     if bad:
         warnings.warn(f"{len(bad)} of {len(clips) + len(bad)} videos left out: {'; '.join(bad.values())}", stacklevel=2)
     if not clips:
-        raise ValueError(f"{folder} holds no video of {frames} frames that can be read: give a folder of .mp4 files, or fewer frames")
+        raise ValueError(
+            f"{folder} holds no video of {frames} frames that can be read: give a folder of .mp4 files, or fewer frames"
+        )
     return FolderClips(torch.stack(list(clips.values())), list(clips), bad)
 
 # %% ../../nbs/media/video.ipynb #video-44
 def read_picture(
     path: str | Path,  # Any format of PIL
-) -> torch.Tensor:     # uint8 `3 h w`
+) -> torch.Tensor:  # uint8 `3 h w`
     "Read a picture, turned as it is shown; FileNotFoundError, ValueError for what is none."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist: check the path")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: check the path")
     try:
-        with Image.open(path) as file: return picture_tensor(file)
+        with Image.open(path) as file:
+            return picture_tensor(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}): give a PNG, a JPEG or another format of PIL") from error
+        raise ValueError(
+            f"{path} cannot be read as a picture ({error}): give a PNG, a JPEG or another format of PIL"
+        ) from error

@@ -42,75 +42,187 @@ class Preset:
     assumption: str = ""
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-07
-PROMPTS = {   # Where a prompt comes from: of an `Entry` and a random number in [0, 1)
+PROMPTS = {  # Where a prompt comes from: of an `Entry` and a random number in [0, 1)
     "one of its captions, by the seed": lambda entry, lot: entry.captions[int(lot * len(entry.captions))],
     "the words of its class": lambda entry, lot: entry.captions[0],
     "the sentence of its class": lambda entry, lot: entry.captions[-1],
     "the name of its class": lambda entry, lot: entry.label,
 }
 PRESETS = {
-    "versvideo-msrvtt": Preset("MSR-VTT", "test", 2990, "all", "one of its captions, by the seed", "256 centre crop", "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
-                               assumption="how many real clips FVD takes is not said: all; of each the first 16 frames"),
-    "show1-msrvtt": Preset("MSR-VTT", "test", 2048, "random", "one of its captions, by the seed", "256 squashed", "Show-1, section 4: these clips for FVD",
-                            assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips; how the real clips get their size is not said"),
-    "versvideo-ucf101": Preset("UCF-101", "train+test", 2048, "stratified", "the words of its class", "256 squashed", "VersVideo, section 3.4, names the data alone",
-                               assumption="2,048 clips, as Show-1 and PYoCo have for FVD; for IS they take 10,000, n=10000"),
-    "versvideo-ucf101-sentences": Preset("UCF-101", "train+test", 2048, "stratified", "the sentence of its class", "256 squashed", "versvideo-ucf101 with a sentence for each class, as PYoCo has",
-                                         assumption="the sentences are ours, in versvideo.data.datasets; with others the scores are others"),
-    "svd-ucf101": Preset("UCF-101", "train+test", 13320, "all", "the name of its class", "240x432 antialiased, 240x320 centre crop", "Stable Video Diffusion, appendix", real_geometry="240x320 centre crop", guidance=7.,
-                             assumption="real clips in their own 240x320; frames as they come, 25 a second"),
-    "styleganv-fvd2048-16f": Preset("UCF-101", "train+test", 2048, "first", "the name of its class", "256 squashed", "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
-                                    assumption="the first 16 frames of each clip, where the script starts at random ones"),
-    "styleganv-fvd2048-16f-stratified": Preset("UCF-101", "train+test", 2048, "stratified", "the name of its class", "256 squashed", "the same, every class as often as in the data"),
-    "shapes-msrvtt": Preset("Moving Shapes", "test", 256, "all", "one of its captions, by the seed", "64 as rendered", "versvideo-msrvtt on combinations held out from training"),
-    "shapes-ucf101": Preset("Moving Shapes", "test", 256, "stratified", "one of its captions, by the seed", "64 as rendered", "versvideo-ucf101 with the motions as classes"),
+    "versvideo-msrvtt": Preset(
+        "MSR-VTT",
+        "test",
+        2990,
+        "all",
+        "one of its captions, by the seed",
+        "256 centre crop",
+        "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
+        assumption="how many real clips FVD takes is not said: all; of each the first 16 frames",
+    ),
+    "show1-msrvtt": Preset(
+        "MSR-VTT",
+        "test",
+        2048,
+        "random",
+        "one of its captions, by the seed",
+        "256 squashed",
+        "Show-1, section 4: these clips for FVD",
+        assumption="for CLIPSIM Show-1 takes all 59,794 captions, here those of the same clips; how the real clips get their size is not said",
+    ),
+    "versvideo-ucf101": Preset(
+        "UCF-101",
+        "train+test",
+        2048,
+        "stratified",
+        "the words of its class",
+        "256 squashed",
+        "VersVideo, section 3.4, names the data alone",
+        assumption="2,048 clips, as Show-1 and PYoCo have for FVD; for IS they take 10,000, n=10000",
+    ),
+    "versvideo-ucf101-sentences": Preset(
+        "UCF-101",
+        "train+test",
+        2048,
+        "stratified",
+        "the sentence of its class",
+        "256 squashed",
+        "versvideo-ucf101 with a sentence for each class, as PYoCo has",
+        assumption="the sentences are ours, in versvideo.data.datasets; with others the scores are others",
+    ),
+    "svd-ucf101": Preset(
+        "UCF-101",
+        "train+test",
+        13320,
+        "all",
+        "the name of its class",
+        "240x432 antialiased, 240x320 centre crop",
+        "Stable Video Diffusion, appendix",
+        real_geometry="240x320 centre crop",
+        guidance=7.0,
+        assumption="real clips in their own 240x320; frames as they come, 25 a second",
+    ),
+    "styleganv-fvd2048-16f": Preset(
+        "UCF-101",
+        "train+test",
+        2048,
+        "first",
+        "the name of its class",
+        "256 squashed",
+        "StyleGAN-V's script: the first 2,048 clips of the sorted folders, which are about 16 of the 101 classes",
+        assumption="the first 16 frames of each clip, where the script starts at random ones",
+    ),
+    "styleganv-fvd2048-16f-stratified": Preset(
+        "UCF-101",
+        "train+test",
+        2048,
+        "stratified",
+        "the name of its class",
+        "256 squashed",
+        "the same, every class as often as in the data",
+    ),
+    "shapes-msrvtt": Preset(
+        "Moving Shapes",
+        "test",
+        256,
+        "all",
+        "one of its captions, by the seed",
+        "64 as rendered",
+        "versvideo-msrvtt on combinations held out from training",
+    ),
+    "shapes-ucf101": Preset(
+        "Moving Shapes",
+        "test",
+        256,
+        "stratified",
+        "one of its captions, by the seed",
+        "64 as rendered",
+        "versvideo-ucf101 with the motions as classes",
+    ),
 }
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-08
 def choose(
     labels: Sequence,  # Class of each clip of the data, in its order
-    n: int,            # How many clips
-    how: str,          # first, random, stratified or all
+    n: int,  # How many clips
+    how: str,  # first, random, stratified or all
     seed: int = 0,
-) -> list:             # Indices
+) -> list:  # Indices
     "Which clips of the data are taken; ValueError where there are too few."
     labels, rng = list(labels), np.random.default_rng(seed)
     pick(dict.fromkeys(("first", "random", "stratified", "all")), how, "choice")
-    if how == "all": return list(range(len(labels)))
-    if not 0 < n <= len(labels): raise ValueError(f"{n} clips are asked for, there are {len(labels)}")
-    if how == "first": return list(range(n))
-    if how == "random": return sorted(rng.choice(len(labels), n, replace=False).tolist())
+    if how == "all":
+        return list(range(len(labels)))
+    if not 0 < n <= len(labels):
+        raise ValueError(f"{n} clips are asked for, there are {len(labels)}")
+    if how == "first":
+        return list(range(n))
+    if how == "random":
+        return sorted(rng.choice(len(labels), n, replace=False).tolist())
     order = rng.permutation(len(labels)).tolist()
     members = {label: [i for i in order if labels[i] == label] for label in sorted(set(labels))}
     share = {label: n * len(clips) / len(labels) for label, clips in members.items()}
     counts = {label: int(value) for label, value in share.items()}
-    for label in sorted(share, key=lambda label: counts[label] - share[label])[:n - sum(counts.values())]: counts[label] += 1     # largest remainders
-    return sorted(i for label, clips in members.items() for i in clips[:counts[label]])
+    for label in sorted(share, key=lambda label: counts[label] - share[label])[: n - sum(counts.values())]:
+        counts[label] += 1  # largest remainders
+    return sorted(i for label, clips in members.items() for i in clips[: counts[label]])
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-12
 @dataclass
 class Benchmark:
     "The prompts and real clips of a preset."
+
     preset: Preset
     prompts: list
-    labels: list            # Class of each clip, empty strings where there are none
-    attributes: list        # What each clip of Moving Shapes shows; empty for other data
-    names: list             # Of the real clips
+    labels: list  # Class of each clip, empty strings where there are none
+    attributes: list  # What each clip of Moving Shapes shows; empty for other data
+    names: list  # Of the real clips
     frames: int
-    geometry: str           # Of generated clips
+    geometry: str  # Of generated clips
     real_geometry: str
-    real: Callable          # Numbers of clips to uint8 `b 3 t h w`
+    real: Callable  # Numbers of clips to uint8 `b 3 t h w`
     others: Callable | None  # The same of further real clips, where there are some
-    left_out: dict          # File name to what is wrong with it
-    data: str = ""          # Folder of the real data
+    left_out: dict  # File name to what is wrong with it
+    data: str = ""  # Folder of the real data
 
-    def __len__(self): return len(self.prompts)
+    def __len__(self):
+        return len(self.prompts)
 
-    def protocol(self, metric: str, extractor: Extractor, against: bool, seed: int = 0, size: str = "", sampler: str = "", steps: int = 0, guidance: float = 0., notes: str = "") -> Protocol:
+    def protocol(
+        self,
+        metric: str,
+        extractor: Extractor,
+        against: bool,
+        seed: int = 0,
+        size: str = "",
+        sampler: str = "",
+        steps: int = 0,
+        guidance: float = 0.0,
+        notes: str = "",
+    ) -> Protocol:
         "Of a score on this benchmark, `against` real clips or not; without a sampler of clips that no model made."
-        sizes = self.geometry + (f", real clips {self.real_geometry}" if against and self.real_geometry != self.geometry else "")
-        return Protocol(metric, self.preset.dataset, self.preset.split, list_hash([*self.names, *self.prompts, self.geometry]), len(self) if against else 0, len(self), self.frames, self.preset.stride, sizes,
-                        extractor.name, extractor.checksum, size, sampler, steps, guidance, seed, "; ".join(filter(None, (f"prompts: {self.preset.prompts}", notes))), provenance()["versions"])
+        sizes = self.geometry + (
+            f", real clips {self.real_geometry}" if against and self.real_geometry != self.geometry else ""
+        )
+        return Protocol(
+            metric,
+            self.preset.dataset,
+            self.preset.split,
+            list_hash([*self.names, *self.prompts, self.geometry]),
+            len(self) if against else 0,
+            len(self),
+            self.frames,
+            self.preset.stride,
+            sizes,
+            extractor.name,
+            extractor.checksum,
+            size,
+            sampler,
+            steps,
+            guidance,
+            seed,
+            "; ".join(filter(None, (f"prompts: {self.preset.prompts}", notes))),
+            provenance()["versions"],
+        )
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-13
 def shapes_entries(world, n, how, seed):
@@ -118,35 +230,74 @@ def shapes_entries(world, n, how, seed):
     pool = world.attributes(range(8 * n if how == "stratified" else n))
     motions = [a["objects"][0]["motion"] for a in pool]
     numbers = choose(motions, n, how, seed)
-    return numbers, [pool[i] for i in numbers], [Entry(Path(f"{world.seed}:{i}"), tuple(captions(pool[i])), motions[i]) for i in numbers]
+    return (
+        numbers,
+        [pool[i] for i in numbers],
+        [Entry(Path(f"{world.seed}:{i}"), tuple(captions(pool[i])), motions[i]) for i in numbers],
+    )
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-14
 def benchmark(
-    preset: str,     # A row of `PRESETS`
-    size: tuple,     # `(t, h, w)` of Moving Shapes; of real data the most frames
+    preset: str,  # A row of `PRESETS`
+    size: tuple,  # `(t, h, w)` of Moving Shapes; of real data the most frames
     data: str = "",  # Folder of the real data; empty for Moving Shapes
-    n: int = 0,      # Clips; 0: as many as the preset has
-    seed: int = 0,   # Chooses clips and captions
+    n: int = 0,  # Clips; 0: as many as the preset has
+    seed: int = 0,  # Chooses clips and captions
 ) -> Benchmark:
     "Choose the clips and prompts of a preset; ValueError where data and preset do not fit or clips are too few."
     own, shown = pick(PRESETS, preset, "preset"), []
-    if (own.dataset == "Moving Shapes") != (not data): raise ValueError(f"preset={preset!r} is one of {own.dataset} and data={data!r}: " + ("Moving Shapes is rendered, leave data empty" if data else "give the folder of a copy as data="))
-    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for the {own.n} of the preset")
-    if size[0] < own.frames: warnings.warn(f"preset={preset!r} takes {own.frames} frames, here {size[0]} are: another protocol", stacklevel=2)
+    if (own.dataset == "Moving Shapes") != (not data):
+        raise ValueError(
+            f"preset={preset!r} is one of {own.dataset} and data={data!r}: "
+            + ("Moving Shapes is rendered, leave data empty" if data else "give the folder of a copy as data=")
+        )
+    if n < 0:
+        raise ValueError(f"n={n}: give a number of clips, or 0 for the {own.n} of the preset")
+    if size[0] < own.frames:
+        warnings.warn(
+            f"preset={preset!r} takes {own.frames} frames, here {size[0]} are: another protocol", stacklevel=2
+        )
     frames, lots, bad, others, wanted = min(own.frames, size[0]), np.random.default_rng(seed), {}, None, n or own.n
     if data:
         read = {"MSR-VTT": read_msrvtt, "UCF-101": read_ucf101}[own.dataset]
         found, bad = long_enough(read(data, own.split), frames, own.stride)
-        if len(found) < wanted: raise ValueError(f"preset={preset!r} takes {wanted} clips, {data} has {len(found)} that can be used" + (f" and {len(bad)} that cannot ({list(bad.values())[0]})" if bad else "") + f": give n={len(found)} for another protocol with these")
+        if len(found) < wanted:
+            raise ValueError(
+                f"preset={preset!r} takes {wanted} clips, {data} has {len(found)} that can be used"
+                + (f" and {len(bad)} that cannot ({list(bad.values())[0]})" if bad else "")
+                + f": give n={len(found)} for another protocol with these"
+            )
         how = "random" if own.choice == "all" and len(found) > wanted else own.choice
         entries = [found[i] for i in choose([e.label for e in found], wanted, how, seed)]
-        if bad: warnings.warn(f"{len(bad)} of {len(found) + len(bad)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2)
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(found) + len(bad)} videos left out: {'; '.join(list(bad.values())[:3])}",
+                stacklevel=2,
+            )
         geometry, real_geometry = own.geometry, own.real_geometry or own.geometry
         real = lambda numbers: torch.stack([read_entry(entries[i], frames, own.stride, real_geometry) for i in numbers])
     else:
         worlds = [MovingShapes("test", s, frames=frames, size=size[1:]) for s in (seed, seed + 1)]
-        (numbers, shown, entries), (further, _, _) = (shapes_entries(world, wanted, own.choice, seed) for world in worlds)
-        real, others = (lambda which: worlds[0].batch([numbers[i] for i in which]).clips), (lambda which: worlds[1].batch([further[i] for i in which]).clips)
+        (numbers, shown, entries), (further, _, _) = (
+            shapes_entries(world, wanted, own.choice, seed) for world in worlds
+        )
+        real, others = (
+            (lambda which: worlds[0].batch([numbers[i] for i in which]).clips),
+            (lambda which: worlds[1].batch([further[i] for i in which]).clips),
+        )
         geometry = real_geometry = f"{size[1]}x{size[2]} as rendered"
     prompts = [PROMPTS[own.prompts](entry, lots.random()) for entry in entries]
-    return Benchmark(own, prompts, [e.label for e in entries], shown, [e.path.name for e in entries], frames, geometry, real_geometry, real, others, bad, str(data))
+    return Benchmark(
+        own,
+        prompts,
+        [e.label for e in entries],
+        shown,
+        [e.path.name for e in entries],
+        frames,
+        geometry,
+        real_geometry,
+        real,
+        others,
+        bad,
+        str(data),
+    )

@@ -11,18 +11,24 @@ import torch
 # %% ../../nbs/metrics/clip_scores.ipynb #clip-scores-05
 def check_units(vectors, what):
     "ValueError where CLIP's vectors are no numbers or not of length 1."
-    if not vectors.isfinite().all(): raise ValueError(f"{what} hold values that are not numbers")
+    if not vectors.isfinite().all():
+        raise ValueError(f"{what} hold values that are not numbers")
     far = (vectors.norm(dim=-1) - 1).abs().max().item()
-    if far > 1e-2: raise ValueError(f"{what} have lengths off from 1 by {far:.3g}: give unit vectors, as ClipExtractor gives")
+    if far > 1e-2:
+        raise ValueError(f"{what} have lengths off from 1 by {far:.3g}: give unit vectors, as ClipExtractor gives")
 
 # %% ../../nbs/metrics/clip_scores.ipynb #clip-scores-06
 def clipsim(
     frames: torch.Tensor,  # `b t d`, unit vectors of `ClipExtractor`
-    texts: torch.Tensor,   # `b d`, unit vectors of their texts
+    texts: torch.Tensor,  # `b d`, unit vectors of their texts
 ) -> torch.Tensor:
     "Mean cosine of the frames of each clip with its text, in [-1, 1]."
-    if frames.ndim != 3 or texts.shape != (frames.shape[0], frames.shape[2]): raise ValueError(f"frames of shape {tuple(frames.shape)} and texts of {tuple(texts.shape)}: give `b t d` and `b d`")
-    if 0 in frames.shape: raise ValueError(f"frames of shape {tuple(frames.shape)}: give at least one frame of one clip")
+    if frames.ndim != 3 or texts.shape != (frames.shape[0], frames.shape[2]):
+        raise ValueError(
+            f"frames of shape {tuple(frames.shape)} and texts of {tuple(texts.shape)}: give `b t d` and `b d`"
+        )
+    if 0 in frames.shape:
+        raise ValueError(f"frames of shape {tuple(frames.shape)}: give at least one frame of one clip")
     check_units(frames, "frames"), check_units(texts, "texts")
     return (frames.double() * texts.double()[:, None]).sum(-1).mean(1)
 
@@ -31,6 +37,7 @@ def fc_consecutive(
     frames: torch.Tensor,  # `b t d`, unit vectors of `ClipExtractor`
 ) -> torch.Tensor:
     "Mean cosine of successive frames of each clip, in [-1, 1]; ValueError for a single frame."
-    if frames.ndim != 3 or frames.shape[1] < 2: raise ValueError(f"frames of shape {tuple(frames.shape)}: give `b t d` with at least two frames")
+    if frames.ndim != 3 or frames.shape[1] < 2:
+        raise ValueError(f"frames of shape {tuple(frames.shape)}: give `b t d` with at least two frames")
     check_units(frames, "frames")
     return (frames[:, 1:].double() * frames[:, :-1].double()).sum(-1).mean(1)

@@ -31,44 +31,79 @@ def _part_of(folder, first, last): return folder / f"part-{first:07d}-{last:07d}
 
 # %% ../../nbs/metrics/collect.ipynb #collect-07
 def collect(
-    extractors: dict,        # Name to `Extractor`
-    make: Callable,          # Numbers of clips, a range, to clips `b 3 t h w`
-    n: int,                  # Clips in all
-    folder: str | Path,      # Of the parts; shared by all processes
-    batch: int = 16,         # Clips at once
+    extractors: dict,  # Name to `Extractor`
+    make: Callable,  # Numbers of clips, a range, to clips `b 3 t h w`
+    n: int,  # Clips in all
+    folder: str | Path,  # Of the parts; shared by all processes
+    batch: int = 16,  # Clips at once
     frames: int | None = None,  # That each clip has to have; None: as the first
     processes: PartialState | None = None,  # Of accelerate; None: this one alone
     label: str = "collect",  # Of the progress bar
     about: dict | None = None,  # What else the clips depend on: model, prompts, seed, …
-) -> Path:                   # The folder, when every part is there
+) -> Path:  # The folder, when every part is there
     "Features of clips 0 to n - 1, a file for each batch; parts of another extractor, batch size or `about` are refused."
     folder = Path(folder)
-    if n < 1 or batch < 1: raise ValueError(f"n={n}, batch={batch}: at least 1 each")
+    if n < 1 or batch < 1:
+        raise ValueError(f"n={n}, batch={batch}: at least 1 each")
     if processes is None or processes.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        note, now = folder / "collected.json", dict(n=n, batch=batch, extractors={name: f"{e.name} {e.checksum}" for name, e in extractors.items()}, about=about or {})
-        if note.exists() and read_json(note) != now: raise ValueError(f"{folder} holds features of {read_json(note)}, now asked for {now}: give another folder, or remove it")
+        note, now = (
+            folder / "collected.json",
+            dict(
+                n=n,
+                batch=batch,
+                extractors={name: f"{e.name} {e.checksum}" for name, e in extractors.items()},
+                about=about or {},
+            ),
+        )
+        if note.exists() and read_json(note) != now:
+            raise ValueError(
+                f"{folder} holds features of {read_json(note)}, now asked for {now}: give another folder, or remove it"
+            )
         write_json(note, now)
-    if processes is not None: processes.wait_for_everyone()
+    if processes is not None:
+        processes.wait_for_everyone()
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     ranges = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
     for mine in progress([r for i, r in enumerate(ranges) if i % world == rank], label):
         path = _part_of(folder, mine.start, mine.stop)
         if path.exists():
-            with safe_open(path, "pt") as file: had = int(file.metadata()["frames"])
+            with safe_open(path, "pt") as file:
+                had = int(file.metadata()["frames"])
             frames = frames or had
-            if had != frames: raise ValueError(f"{path} holds features of clips of {had} frames, the others have {frames}: give another folder, or remove it")
+            if had != frames:
+                raise ValueError(
+                    f"{path} holds features of clips of {had} frames, the others have {frames}: give another folder, or remove it"
+                )
             continue
         clips = make(mine)
-        if not isinstance(clips, torch.Tensor) or clips.ndim != 5: raise TypeError(f"for the numbers {mine.start} to {mine.stop - 1} came {getattr(clips, 'shape', type(clips).__name__)}: give clips `b 3 t h w`")
-        if len(clips) != len(mine): raise ValueError(f"{len(clips)} clips came for the numbers {mine.start} to {mine.stop - 1}: {len(mine)} are needed")
+        if not isinstance(clips, torch.Tensor) or clips.ndim != 5:
+            raise TypeError(
+                f"for the numbers {mine.start} to {mine.stop - 1} came {getattr(clips, 'shape', type(clips).__name__)}: give clips `b 3 t h w`"
+            )
+        if len(clips) != len(mine):
+            raise ValueError(
+                f"{len(clips)} clips came for the numbers {mine.start} to {mine.stop - 1}: {len(mine)} are needed"
+            )
         frames = frames or clips.shape[2]
-        if clips.shape[2] != frames: raise ValueError(f"clips {mine.start} to {mine.stop - 1} have {clips.shape[2]} frames, the others {frames}: give clips of one length")
-        found = {f"{name} {what}": value.cpu().contiguous() for name, extractor in extractors.items() for what, value in extractor(clips).items()}
-        with atomic_path(path) as temp: save_file(found, temp, dict(frames=str(frames)))
-    if processes is not None: processes.wait_for_everyone()
+        if clips.shape[2] != frames:
+            raise ValueError(
+                f"clips {mine.start} to {mine.stop - 1} have {clips.shape[2]} frames, the others {frames}: give clips of one length"
+            )
+        found = {
+            f"{name} {what}": value.cpu().contiguous()
+            for name, extractor in extractors.items()
+            for what, value in extractor(clips).items()
+        }
+        with atomic_path(path) as temp:
+            save_file(found, temp, dict(frames=str(frames)))
+    if processes is not None:
+        processes.wait_for_everyone()
     missing = [r for r in ranges if not _part_of(folder, r.start, r.stop).exists()]
-    if missing: raise RuntimeError(f"{len(missing)} of {len(ranges)} parts are missing in {folder}: run it again, what is there is kept")
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(ranges)} parts are missing in {folder}: run it again, what is there is kept"
+        )
     return folder
 
 # %% ../../nbs/metrics/collect.ipynb #collect-09
@@ -110,43 +145,80 @@ class Source:
 
 # %% ../../nbs/metrics/collect.ipynb #collect-15
 def source_of(
-    clips: torch.Tensor | str | Path | Iterable,  # `n 3 t h w`, a folder of videos, or an iterable of clips `3 t h w` or batches `b 3 t h w`; floats in [-1, 1]
-    n: int = 0,                         # The first so many; 0: all, but of a stream
-    frames: int = 16,                   # The first so many
-    stride: int = 1,                    # Every so many frames of the videos of a folder
+    clips: torch.Tensor
+    | str
+    | Path
+    | Iterable,  # `n 3 t h w`, a folder of videos, or an iterable of clips `3 t h w` or batches `b 3 t h w`; floats in [-1, 1]
+    n: int = 0,  # The first so many; 0: all, but of a stream
+    frames: int = 16,  # The first so many
+    stride: int = 1,  # Every so many frames of the videos of a folder
     geometry: str = "256 centre crop",  # As of `fit_frames`
-    name: str = "clips",                # For messages
-    called: str = "",                   # What a stream holds
+    name: str = "clips",  # For messages
+    called: str = "",  # What a stream holds
 ) -> Source:
     "Clips from anywhere; ValueError where there are fewer, or shorter ones, or what is no clip."
-    if n < 0: raise ValueError(f"n={n}: give a number of clips, or 0 for all of {name}")
+    if n < 0:
+        raise ValueError(f"n={n}: give a number of clips, or 0 for all of {name}")
 
     def fit(batch, numbers):
         which = f"{name}, numbers {numbers.start} to {numbers.stop - 1},"
-        if batch.ndim != 5 or batch.shape[2] < frames: raise ValueError(f"{which} have the shape {tuple(batch.shape)}: give `b 3 t h w` with at least frames={frames} of them")
+        if batch.ndim != 5 or batch.shape[2] < frames:
+            raise ValueError(
+                f"{which} have the shape {tuple(batch.shape)}: give `b 3 t h w` with at least frames={frames} of them"
+            )
         check_clips(batch, which)
         return torch.stack([fit_frames(clip, geometry) for clip in to_uint8(batch[:, :, :frames])])
 
     if isinstance(clips, torch.Tensor):
-        if not 0 < (n or len(clips)) <= len(clips): raise ValueError(f"n={n}, {name} holds {len(clips)} clips: give as many as are asked for, at least one")
-        return Source(lambda numbers: fit(clips[numbers.start:numbers.stop], numbers), n or len(clips), [tensors_digest([clips])])
+        if not 0 < (n or len(clips)) <= len(clips):
+            raise ValueError(f"n={n}, {name} holds {len(clips)} clips: give as many as are asked for, at least one")
+        return Source(
+            lambda numbers: fit(clips[numbers.start : numbers.stop], numbers),
+            n or len(clips),
+            [tensors_digest([clips])],
+        )
     if isinstance(clips, (str, Path)):
-        if not Path(clips).is_dir(): raise FileNotFoundError(f"there is no folder {clips}: give one with videos ({', '.join(VIDEO_SUFFIXES)}) as {name}")
+        if not Path(clips).is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {clips}: give one with videos ({', '.join(VIDEO_SUFFIXES)}) as {name}"
+            )
         files = sorted(path for path in Path(clips).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-        if not files: raise ValueError(f"{clips} holds no video ({', '.join(VIDEO_SUFFIXES)}): give another folder as {name}")
+        if not files:
+            raise ValueError(f"{clips} holds no video ({', '.join(VIDEO_SUFFIXES)}): give another folder as {name}")
         good, bad = long_enough([Entry(path) for path in files], frames, stride)
-        if n > len(good): raise ValueError(f"n={n}, {clips} holds {len(good)} videos of {frames} frames at a stride of {stride}" + (f" and {len(bad)} that cannot be used ({list(bad.values())[0]})" if bad else "") + ": ask for fewer, or give more")
-        if bad: warnings.warn(f"{len(bad)} of {len(files)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2)
-        good = good[:n or len(good)]
-        return Source(lambda numbers: torch.stack([read_entry(good[i], frames, stride, geometry) for i in numbers]), len(good), [f"{entry.path.name} {sha256_of(entry.path)}" for entry in good], bad)
-    if n < 1: raise ValueError(f"n={n}: say how many clips of the stream {name} to take")
+        if n > len(good):
+            raise ValueError(
+                f"n={n}, {clips} holds {len(good)} videos of {frames} frames at a stride of {stride}"
+                + (f" and {len(bad)} that cannot be used ({list(bad.values())[0]})" if bad else "")
+                + ": ask for fewer, or give more"
+            )
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(files)} videos left out: {'; '.join(list(bad.values())[:3])}", stacklevel=2
+            )
+        good = good[: n or len(good)]
+        return Source(
+            lambda numbers: torch.stack([read_entry(good[i], frames, stride, geometry) for i in numbers]),
+            len(good),
+            [f"{entry.path.name} {sha256_of(entry.path)}" for entry in good],
+            bad,
+        )
+    if n < 1:
+        raise ValueError(f"n={n}: say how many clips of the stream {name} to take")
     stream, at = (clip for batch in clips for clip in (batch if batch.ndim == 5 else batch[None])), 0
 
     def forward(numbers):
         nonlocal at
-        if numbers.start < at: raise ValueError(f"clip {numbers.start} is asked for, the stream {name} is at {at} and cannot go back: give it anew")
+        if numbers.start < at:
+            raise ValueError(
+                f"clip {numbers.start} is asked for, the stream {name} is at {at} and cannot go back: give it anew"
+            )
         found = list(islice(stream, numbers.start - at, numbers.stop - at))
-        if len(found) < len(numbers): raise ValueError(f"the stream {name} ended before clip {numbers.stop - 1}: n={n} are asked for, give more or ask for fewer")
+        if len(found) < len(numbers):
+            raise ValueError(
+                f"the stream {name} ended before clip {numbers.stop - 1}: n={n} are asked for, give more or ask for fewer"
+            )
         at = numbers.stop
         return fit(torch.stack(found), numbers)
+
     return Source(forward, n, [called])

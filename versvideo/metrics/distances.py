@@ -14,31 +14,51 @@ from scipy import linalg, stats
 
 # %% ../../nbs/metrics/distances.ipynb #distances-05
 def with_interval(
-    values,             # One number a clip
-    against=None,       # Numbers of the same clips: the ratio of the means
-    resamples=2000, seed=0,
-) -> tuple:             # Value, low, high
+    values,  # One number a clip
+    against=None,  # Numbers of the same clips: the ratio of the means
+    resamples=2000,
+    seed=0,
+) -> tuple:  # Value, low, high
     "Mean, or ratio of means, and its 95 % bootstrap interval over clips; ValueError for fewer than two."
     columns = [np.asarray(v, dtype=np.float64) for v in ([values] if against is None else [values, against])]
-    if not all(np.isfinite(c).all() for c in columns): raise ValueError(f"{int(sum((~np.isfinite(c)).sum() for c in columns))} values are not numbers: leave those clips out, and say so")
-    if len(columns[0]) < 2 or len({len(c) for c in columns}) > 1: raise ValueError(f"{[len(c) for c in columns]} values: at least two are needed, as many against them")
+    if not all(np.isfinite(c).all() for c in columns):
+        raise ValueError(
+            f"{int(sum((~np.isfinite(c)).sum() for c in columns))} values are not numbers: leave those clips out, and say so"
+        )
+    if len(columns[0]) < 2 or len({len(c) for c in columns}) > 1:
+        raise ValueError(f"{[len(c) for c in columns]} values: at least two are needed, as many against them")
     value = lambda a, b=None, axis=-1: a.mean(axis) if b is None else a.mean(axis) / b.mean(axis)
-    found = stats.bootstrap(columns, value, n_resamples=resamples, paired=True, vectorized=True, method="percentile", rng=np.random.default_rng(seed))
+    found = stats.bootstrap(
+        columns,
+        value,
+        n_resamples=resamples,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return float(value(*columns)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 # %% ../../nbs/metrics/distances.ipynb #distances-09
 def as_rows(features) -> np.ndarray:
     "Features of any kind as float64, `n d`; ValueError for what is none."
-    rows = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features, dtype=np.float64)
-    if rows.ndim != 2 or not len(rows): raise ValueError(f"features of shape {rows.shape}: give rows, `n d`")
-    if not np.isfinite(rows).all(): raise ValueError(f"{int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows of features hold values that are not numbers: leave those clips out, and say so")
+    rows = np.asarray(
+        features.detach().cpu().double() if isinstance(features, torch.Tensor) else features, dtype=np.float64
+    )
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"features of shape {rows.shape}: give rows, `n d`")
+    if not np.isfinite(rows).all():
+        raise ValueError(
+            f"{int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} rows of features hold values that are not numbers: leave those clips out, and say so"
+        )
     return rows
 
 # %% ../../nbs/metrics/distances.ipynb #distances-10
 class Statistics:
     "Count, mean and scatter of rows of features, in float64, whatever their number."
+
     def __init__(self, features=None):
-        self.n, self.mean, self.scatter = 0, 0., 0.
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
         if features is not None:
             rows = as_rows(features)
             self.n, self.mean = len(rows), rows.mean(0)
@@ -46,8 +66,12 @@ class Statistics:
 
     def __add__(self, other: "Statistics") -> "Statistics":
         "Of both sets together (Chan et al. 1983)."
-        if not self.n or not other.n: return self if self.n else other
-        if len(self.mean) != len(other.mean): raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} numbers: they are of different extractors")
+        if not self.n or not other.n:
+            return self if self.n else other
+        if len(self.mean) != len(other.mean):
+            raise ValueError(
+                f"features of {len(self.mean)} and of {len(other.mean)} numbers: they are of different extractors"
+            )
         whole, step = Statistics(), other.mean - self.mean
         whole.n = self.n + other.n
         whole.mean = self.mean + step * (other.n / whole.n)
@@ -61,61 +85,88 @@ class Statistics:
     @property
     def covariance(self) -> np.ndarray:
         "With n - 1; ValueError for fewer than two rows."
-        if self.n < 2: raise ValueError(f"{self.n} rows: a covariance needs at least two")
+        if self.n < 2:
+            raise ValueError(f"{self.n} rows: a covariance needs at least two")
         return self.scatter / (self.n - 1)
 
 # %% ../../nbs/metrics/distances.ipynb #distances-11
 def frechet_distance(
-    a, b,  # `Statistics`, or features `n d`
+    a,
+    b,  # `Statistics`, or features `n d`
 ) -> float:
     "Fréchet distance of the normal distributions with the means and covariances of two sets of features; ValueError for fewer than two rows."
     a, b = (v if isinstance(v, Statistics) else Statistics(v) for v in (a, b))
-    if min(a.n, b.n) < 2: raise ValueError(f"{a.n} and {b.n} rows: at least two each are needed")
-    if len(a.mean) != len(b.mean): raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers: they are of different extractors")
+    if min(a.n, b.n) < 2:
+        raise ValueError(f"{a.n} and {b.n} rows: at least two each are needed")
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers: they are of different extractors")
     root = lambda values, vectors: (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = linalg.svdvals(root(*linalg.eigh(a.covariance)) @ root(*linalg.eigh(b.covariance))).sum()   # trace of the root of the product of both, singular or not
-    return max(0., float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
+    overlap = linalg.svdvals(
+        root(*linalg.eigh(a.covariance)) @ root(*linalg.eigh(b.covariance))
+    ).sum()  # trace of the root of the product of both, singular or not
+    return max(
+        0.0, float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap)
+    )
 
 # %% ../../nbs/metrics/distances.ipynb #distances-12
 def resampled(
-    batches,         # Of rows of features `n d`, any iterable; or all rows
+    batches,  # Of rows of features `n d`, any iterable; or all rows
     resamples: int,
     rng: np.random.Generator,
-) -> tuple:          # `Statistics` of all rows, and of each resample
+) -> tuple:  # `Statistics` of all rows, and of each resample
     "A set and its bootstrap resamples in one pass: a row counts as often as a Poisson number of mean 1 says, and nothing but the statistics is kept (Chamandy et al. 2012)."
     whole, drawn = Statistics(), [Statistics()] * resamples
     for rows in [batches] if hasattr(batches, "shape") else batches:
         rows = as_rows(rows)
         whole += Statistics(rows)
-        counts = rng.poisson(1., (len(rows), resamples)).T
-        drawn = [one + Statistics(rows.repeat(often, axis=0)) if often.any() else one for one, often in zip(drawn, counts, strict=True)]
+        counts = rng.poisson(1.0, (len(rows), resamples)).T
+        drawn = [
+            one + Statistics(rows.repeat(often, axis=0)) if often.any() else one
+            for one, often in zip(drawn, counts, strict=True)
+        ]
     return whole, drawn
 
 # %% ../../nbs/metrics/distances.ipynb #distances-13
 def frechet_interval(
-    real, fake,     # Features `n d`, or an iterable of batches of them
-    resamples=100, seed=0,
-) -> tuple:         # Value, low, high
+    real,
+    fake,  # Features `n d`, or an iterable of batches of them
+    resamples=100,
+    seed=0,
+) -> tuple:  # Value, low, high
     """Fréchet distance and its 95 % bootstrap interval over the clips of both sets, in memory that does not grow with their number; a warning for fewer than 256. Drawing clips twice makes sets poorer and the distance larger; the
     interval is moved back by that excess. It says how much the number hangs on the clips, on the wide side, and nothing of its bias."""
-    (real, drawn_real), (fake, drawn_fake) = (resampled(rows, resamples, np.random.default_rng((seed, which))) for which, rows in enumerate((real, fake)))
-    if min(real.n, fake.n) < 256: warnings.warn(f"{real.n} real and {fake.n} generated clips: under 256 a Fréchet distance says little, take more", stacklevel=2)
+    (real, drawn_real), (fake, drawn_fake) = (
+        resampled(rows, resamples, np.random.default_rng((seed, which))) for which, rows in enumerate((real, fake))
+    )
+    if min(real.n, fake.n) < 256:
+        warnings.warn(
+            f"{real.n} real and {fake.n} generated clips: under 256 a Fréchet distance says little, take more",
+            stacklevel=2,
+        )
     value = frechet_distance(real, fake)
     drawn = np.array([frechet_distance(a, b) for a, b in zip(drawn_real, drawn_fake, strict=True) if min(a.n, b.n) > 1])
     low, high = np.percentile(drawn, (2.5, 97.5)) - (drawn.mean() - value) if len(drawn) else (value, value)
-    return value, max(0., float(low)), float(high)
+    return value, max(0.0, float(low)), float(high)
 
 # %% ../../nbs/metrics/distances.ipynb #distances-20
 def inception_score(
     probabilities,  # `n k`, rows that sum to one
     splits: int = 10,
-) -> tuple:         # Mean over the parts, and deviation
+) -> tuple:  # Mean over the parts, and deviation
     "exp of the mean KL divergence of the rows from their mean, in each part; ValueError for fewer clips than parts or rows that are no probabilities."
     p = np.asarray(probabilities, dtype=np.float64)
-    if splits < 1: raise ValueError(f"splits={splits}: at least one part, ten as it is published")
-    if p.ndim != 2 or len(p) < splits: raise ValueError(f"probabilities of shape {p.shape} for {splits} parts: give rows `n k`, at least one a part")
-    if not np.isfinite(p).all(): raise ValueError(f"{int((~np.isfinite(p)).any(1).sum())} of {len(p)} rows of probabilities hold values that are not numbers")
-    if not (p >= 0).all() or np.abs(p.sum(1) - 1).max() > 1e-3: raise ValueError("probabilities holds rows that are negative or do not sum to one: give the softmax of a classifier")
+    if splits < 1:
+        raise ValueError(f"splits={splits}: at least one part, ten as it is published")
+    if p.ndim != 2 or len(p) < splits:
+        raise ValueError(f"probabilities of shape {p.shape} for {splits} parts: give rows `n k`, at least one a part")
+    if not np.isfinite(p).all():
+        raise ValueError(
+            f"{int((~np.isfinite(p)).any(1).sum())} of {len(p)} rows of probabilities hold values that are not numbers"
+        )
+    if not (p >= 0).all() or np.abs(p.sum(1) - 1).max() > 1e-3:
+        raise ValueError(
+            "probabilities holds rows that are negative or do not sum to one: give the softmax of a classifier"
+        )
     log = lambda v: np.log(np.maximum(v, 1e-20))
     scores = [np.exp((part * (log(part) - log(part.mean(0)))).sum(1).mean()) for part in np.array_split(p, splits)]
     return float(np.mean(scores)), float(np.std(scores))

@@ -23,80 +23,152 @@ from .protocol import Protocol, Score, list_hash
 
 # %% ../../nbs/metrics/evaluate.ipynb #evaluate-06
 def frechet_between(
-    real: str | Path, generated: str | Path,  # Folders of `collect`
-    key: str,                                 # As of `collected`
-) -> tuple:                                   # Value, low, high
+    real: str | Path,
+    generated: str | Path,  # Folders of `collect`
+    key: str,  # As of `collected`
+) -> tuple:  # Value, low, high
     "Fréchet distance of two collected sets, with its interval; ValueError where other networks have read them."
     name = key.split(" ")[0]
     used = [read_json(Path(folder) / "collected.json")["extractors"].get(name) for folder in (real, generated)]
-    if used[0] != used[1]: raise ValueError(f"{real} was read by {used[0]}, {generated} by {used[1]}: collect both with one extractor")
+    if used[0] != used[1]:
+        raise ValueError(f"{real} was read by {used[0]}, {generated} by {used[1]}: collect both with one extractor")
     lengths = [frames_of(folder) for folder in (real, generated)]
-    if lengths[0] != lengths[1]: raise ValueError(f"clips of {real} have {lengths[0]} frames, those of {generated} {lengths[1]}: collect both with the same number")
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"clips of {real} have {lengths[0]} frames, those of {generated} {lengths[1]}: collect both with the same number"
+        )
     return frechet_interval(parts_of(real, key), parts_of(generated, key))
 
 # %% ../../nbs/metrics/evaluate.ipynb #evaluate-07
 def scores_of(
-    folder: str | Path,       # Of `collect`, by extractors called "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM
-    extractors: dict,         # These names to `Extractor`
-    protocol: Callable,       # Metric, extractor, whether real clips count, notes: to `Protocol`
-    real: str | Path = "",    # Folder of the real clips; empty: no FVD
+    folder: str
+    | Path,  # Of `collect`, by extractors called "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM
+    extractors: dict,  # These names to `Extractor`
+    protocol: Callable,  # Metric, extractor, whether real clips count, notes: to `Protocol`
+    real: str | Path = "",  # Folder of the real clips; empty: no FVD
     texts: torch.Tensor | None = None,  # `n d`, of the prompts; None: no CLIPSIM
-    seed: int = 0,            # Of the order in which IS parts the clips
-) -> dict:                    # Metric and network to `Score`
+    seed: int = 0,  # Of the order in which IS parts the clips
+) -> dict:  # Metric and network to `Score`
     "Every score that what was collected allows; of single frames no FC. The interval of IS is the deviation of its parts, as it is published."
     found, name = {}, lambda metric, key: f"{metric} on {extractors[key].name}"
-    if real: found[name("FVD", "video")] = Score(*frechet_between(real, folder, "video features"), protocol("FVD", extractors["video"], True))
+    if real:
+        found[name("FVD", "video")] = Score(
+            *frechet_between(real, folder, "video features"), protocol("FVD", extractors["video"], True)
+        )
     if "classes" in extractors:
         rows = collected(folder, "classes probabilities")
         parts = max(1, min(10, len(rows) // 2))
-        mean, deviation = inception_score(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))], parts)
-        found[name("IS", "classes")] = Score(mean, mean - deviation, mean + deviation, protocol("IS", extractors["classes"], False, f"{parts} parts, mean ± deviation"))
+        mean, deviation = inception_score(
+            rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))], parts
+        )
+        found[name("IS", "classes")] = Score(
+            mean,
+            mean - deviation,
+            mean + deviation,
+            protocol("IS", extractors["classes"], False, f"{parts} parts, mean ± deviation"),
+        )
     if "clip" in extractors:
         similar, steady, at = [], [], 0
-        for looks in parts_of(folder, "clip frames"):   # a part at a time: only a number of each clip is kept
-            if texts is not None: similar.append(clipsim(looks, texts[at:at + len(looks)]))
-            if looks.shape[1] > 1: steady.append(fc_consecutive(looks))
+        for looks in parts_of(folder, "clip frames"):  # a part at a time: only a number of each clip is kept
+            if texts is not None:
+                similar.append(clipsim(looks, texts[at : at + len(looks)]))
+            if looks.shape[1] > 1:
+                steady.append(fc_consecutive(looks))
             at += len(looks)
-        if texts is not None and at != len(texts): raise ValueError(f"{len(texts)} texts for {at} clips of {folder}: give one for each")
+        if texts is not None and at != len(texts):
+            raise ValueError(f"{len(texts)} texts for {at} clips of {folder}: give one for each")
         for metric, values in dict(CLIPSIM=similar, FC=steady).items():
-            if values: found[name(metric, "clip")] = Score(*with_interval(torch.cat(values)), protocol(metric, extractors["clip"], False))
+            if values:
+                found[name(metric, "clip")] = Score(
+                    *with_interval(torch.cat(values)), protocol(metric, extractors["clip"], False)
+                )
     return found
 
 # %% ../../nbs/metrics/evaluate.ipynb #evaluate-09
 def evaluate(
-    clips,                              # What is scored, as of `source_of`
-    extractors: dict,                   # "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM: those that are wanted, each an `Extractor`
-    real=None,                          # As of `source_of`; for FVD
-    prompts: Sequence = (),             # One a clip; for CLIPSIM
-    n: int = 0,                         # Clips of each set; 0: all, but of a stream
+    clips,  # What is scored, as of `source_of`
+    extractors: dict,  # "video" for FVD, "classes" for IS, "clip" for FC and CLIPSIM: those that are wanted, each an `Extractor`
+    real=None,  # As of `source_of`; for FVD
+    prompts: Sequence = (),  # One a clip; for CLIPSIM
+    n: int = 0,  # Clips of each set; 0: all, but of a stream
     frames: int = 16,
-    stride: int = 1,                    # Of videos of a folder
+    stride: int = 1,  # Of videos of a folder
     geometry: str = "256 centre crop",  # As of `fit_frames`, of both sets
-    folder: str | Path = "",            # For the features, so that a stopped run goes on; empty: a temporary one
+    folder: str | Path = "",  # For the features, so that a stopped run goes on; empty: a temporary one
     batch: int = 16,
     processes: PartialState | None = None,  # Of accelerate, with a folder that all share
-    data: str = "",                     # What the real clips are, for the protocol; a stream needs it
-    model: str = "",                    # What the clips are; a stream with a folder needs it
-) -> dict:                              # Name to `Score`
+    data: str = "",  # What the real clips are, for the protocol; a stream needs it
+    model: str = "",  # What the clips are; a stream with a folder needs it
+) -> dict:  # Name to `Score`
     "All scores of clips that the extractors, the real clips and the prompts allow, each with interval and protocol."
-    for name in extractors: pick(dict.fromkeys(("video", "classes", "clip")), name, "extractor")
-    if "video" in extractors and real is None: raise ValueError("extractors has 'video', for FVD, and real is None: give real clips")
-    if real is not None and "video" not in extractors: raise ValueError("real clips are given and extractors has no 'video': give the network of FVD")
-    if prompts and "clip" not in extractors: raise ValueError(f"{len(prompts)} prompts are given and extractors has no 'clip': give the network of CLIPSIM")
-    if processes is not None and processes.num_processes > 1 and not folder: raise ValueError("several processes need a folder= that all of them share")
+    for name in extractors:
+        pick(dict.fromkeys(("video", "classes", "clip")), name, "extractor")
+    if "video" in extractors and real is None:
+        raise ValueError("extractors has 'video', for FVD, and real is None: give real clips")
+    if real is not None and "video" not in extractors:
+        raise ValueError("real clips are given and extractors has no 'video': give the network of FVD")
+    if prompts and "clip" not in extractors:
+        raise ValueError(f"{len(prompts)} prompts are given and extractors has no 'clip': give the network of CLIPSIM")
+    if processes is not None and processes.num_processes > 1 and not folder:
+        raise ValueError("several processes need a folder= that all of them share")
     stream = lambda given: not isinstance(given, (torch.Tensor, str, Path))
-    if real is not None and stream(real) and not data: raise ValueError("real is a stream and data='': nothing would tell it from another set, say what it is, as data=")
-    if stream(clips) and folder and not model: raise ValueError(f"clips is a stream, folder={str(folder)!r} and model='': features of another stream would be taken for its own, say what it is, as model=")
-    sources = {name: source_of(given, n, frames, stride, geometry, name, called) for name, given, called in (("clips", clips, model), ("real", real, data)) if given is not None}
-    if prompts and len(prompts) != sources["clips"].n: raise ValueError(f"{len(prompts)} prompts for {sources['clips'].n} clips: give one for each")
-    known, against = list_hash([*(sources["real"].identity if real is not None else ()), *prompts]), sources["real"].n if real is not None else 0
+    if real is not None and stream(real) and not data:
+        raise ValueError(
+            "real is a stream and data='': nothing would tell it from another set, say what it is, as data="
+        )
+    if stream(clips) and folder and not model:
+        raise ValueError(
+            f"clips is a stream, folder={str(folder)!r} and model='': features of another stream would be taken for its own, say what it is, as model="
+        )
+    sources = {
+        name: source_of(given, n, frames, stride, geometry, name, called)
+        for name, given, called in (("clips", clips, model), ("real", real, data))
+        if given is not None
+    }
+    if prompts and len(prompts) != sources["clips"].n:
+        raise ValueError(f"{len(prompts)} prompts for {sources['clips'].n} clips: give one for each")
+    known, against = (
+        list_hash([*(sources["real"].identity if real is not None else ()), *prompts]),
+        sources["real"].n if real is not None else 0,
+    )
 
     def protocol(metric, extractor, counts, notes=""):
-        return Protocol(metric, data or "unnamed data", "", known, against if counts else 0, sources["clips"].n, frames, stride, geometry, extractor.name, extractor.checksum, "", "", 0, 0., 0, notes, provenance()["versions"])
+        return Protocol(
+            metric,
+            data or "unnamed data",
+            "",
+            known,
+            against if counts else 0,
+            sources["clips"].n,
+            frames,
+            stride,
+            geometry,
+            extractor.name,
+            extractor.checksum,
+            "",
+            "",
+            0,
+            0.0,
+            0,
+            notes,
+            provenance()["versions"],
+        )
 
     with tempfile.TemporaryDirectory() as own:
-        sets = {name: collect({key: e for key, e in extractors.items() if name == "clips" or key == "video"}, one.make, one.n, Path(folder or own) / name, batch, frames, processes, name,
-                              dict(clips=list_hash(one.identity), frames=frames, stride=stride, geometry=geometry)) for name, one in sources.items()}
+        sets = {
+            name: collect(
+                {key: e for key, e in extractors.items() if name == "clips" or key == "video"},
+                one.make,
+                one.n,
+                Path(folder or own) / name,
+                batch,
+                frames,
+                processes,
+                name,
+                dict(clips=list_hash(one.identity), frames=frames, stride=stride, geometry=geometry),
+            )
+            for name, one in sources.items()
+        }
         texts = extractors["clip"].texts(list(prompts)).cpu() if prompts else None
         return scores_of(sets["clips"], extractors, protocol, sets.get("real", ""), texts)
 

@@ -23,15 +23,21 @@ from ..world.classifier import ShapesNet
 # %% ../../nbs/metrics/features.ipynb #features-07
 class ClipExtractor(Extractor):
     "Both towers of a CLIP; features of a clip are the mean of its frames."
+
     def __init__(self, model: str | Path = "openai/clip-vit-base-patch32"):
-        own = (Path(model) / "image_encoder").is_dir()     # a pipeline of ours, a folder for each tower
+        own = (Path(model) / "image_encoder").is_dir()  # a pipeline of ours, a folder for each tower
         where = {part: dict(subfolder=part) if own else {} for part in ("image_encoder", "text_encoder", "tokenizer")}
         try:
             image = read_model(CLIPVisionModelWithProjection, model, **where["image_encoder"], dtype=torch.float32)
             text = read_model(CLIPTextModelWithProjection, model, **where["text_encoder"], dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(model, **where["tokenizer"])
-        except (OSError, ValueError) as error: raise FileNotFoundError(f"clip needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a CLIP in safetensors") from error
-        super().__init__(f"clip:{Path(model).name}", tensors_digest([*image.state_dict().values(), *text.state_dict().values()]))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"clip needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a CLIP in safetensors"
+            ) from error
+        super().__init__(
+            f"clip:{Path(model).name}", tensors_digest([*image.state_dict().values(), *text.state_dict().values()])
+        )
         self.image, self.text, self.tokenizer = image, text, tokenizer
         self.normal = None if own else OPENAI
 
@@ -41,17 +47,27 @@ class ClipExtractor(Extractor):
 
     def texts(self, prompts: list) -> torch.Tensor:
         "One unit vector a text, `b d`."
-        return torch.cat([embed_text(self.text, self.tokenizer, prompts[i:i + 64]) for i in range(0, len(prompts), 64)])
+        return torch.cat(
+            [embed_text(self.text, self.tokenizer, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+        )
 
 # %% ../../nbs/metrics/features.ipynb #features-08
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))   # mean and deviation of CLIP's pictures in [0, 1]
+OPENAI = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # mean and deviation of CLIP's pictures in [0, 1]
 
 # %% ../../nbs/metrics/features.ipynb #features-11
 class ShapesExtractor(Extractor):
     "The classifier of Moving Shapes; its probabilities are those of the motions."
+
     def __init__(self, folder: str | Path = WEIGHTS / "XS" / "classifier"):
-        try: network = read_model(ShapesNet, folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        except OSError as error: raise FileNotFoundError(f"shapes needs a classifier, and {str(folder)!r} cannot be read ({error}): train one with nbs/25_train_classifier.ipynb") from error
+        try:
+            network = read_model(ShapesNet, folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"shapes needs a classifier, and {str(folder)!r} cannot be read ({error}): train one with nbs/25_train_classifier.ipynb"
+            ) from error
         super().__init__("shapes", tensors_digest(network.state_dict().values()), (2, None))
         self.network = network
 
@@ -60,13 +76,20 @@ class ShapesExtractor(Extractor):
         return dict(features=found["features"], probabilities=found["motion"].softmax(1))
 
 # %% ../../nbs/metrics/features.ipynb #features-15
-EXTRACTORS = {"i3d": ScriptedI3D, "i3d-videogpt": StateDictI3D, "c3d": C3DClassifier, "videomae": VideoMAE, "clip": ClipExtractor, "shapes": ShapesExtractor}
+EXTRACTORS = {
+    "i3d": ScriptedI3D,
+    "i3d-videogpt": StateDictI3D,
+    "c3d": C3DClassifier,
+    "videomae": VideoMAE,
+    "clip": ClipExtractor,
+    "shapes": ShapesExtractor,
+}
 
 
 def load_extractor(
-    name: str,          # A row of `EXTRACTORS`
+    name: str,  # A row of `EXTRACTORS`
     weights: str = "",  # File, folder or hub id; empty: the extractor's own, where it has one
-    **options,          # Of that extractor
+    **options,  # Of that extractor
 ) -> Extractor:
     "An extractor by its name; an error that says what to fetch where its weights are missing."
     return pick(EXTRACTORS, name, "extractor")(*[weights] if weights else [], **options).requires_grad_(False)

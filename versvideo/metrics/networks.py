@@ -48,37 +48,60 @@ def to_square(
 ) -> torch.Tensor:
     "Each frame squashed to a square, bilinear."
     b = len(clips)
-    frames = F.interpolate(rearrange(clips, "b c t h w -> (b t) c h w"), (edge, edge), mode="bilinear", align_corners=corners)
+    frames = F.interpolate(
+        rearrange(clips, "b c t h w -> (b t) c h w"), (edge, edge), mode="bilinear", align_corners=corners
+    )
     return rearrange(frames, "(b t) c h w -> b c t h w", b=b)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-09
 def require_file(
     path: str | Path,  # Of the weights
-    name: str,         # Of the extractor
-    fetch: str,        # What to fetch and from where
+    name: str,  # Of the extractor
+    fetch: str,  # What to fetch and from where
     sha256: str = "",  # What it has to be; empty: anything
-) -> str:              # Its checksum
+) -> str:  # Its checksum
     "FileNotFoundError saying what to fetch, ValueError for a file with another checksum."
-    if not path or not Path(path).is_file(): raise FileNotFoundError(f"{name} needs weights, and {str(path)!r} is no file: fetch {fetch}" + (f", sha256 {sha256}" if sha256 else "") + ", put it anywhere on this machine, and give its path as weights=")
+    if not path or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{name} needs weights, and {str(path)!r} is no file: fetch {fetch}"
+            + (f", sha256 {sha256}" if sha256 else "")
+            + ", put it anywhere on this machine, and give its path as weights="
+        )
     found = sha256_of(Path(path))
-    if sha256 and found != sha256: raise ValueError(f"{path} has sha256 {found}, {name} needs {sha256}: fetch {fetch}; for a file of your own that you trust, give its sha256=")
+    if sha256 and found != sha256:
+        raise ValueError(
+            f"{path} has sha256 {found}, {name} needs {sha256}: fetch {fetch}; for a file of your own that you trust, give its sha256="
+        )
     return found
 
 # %% ../../nbs/metrics/networks.ipynb #networks-10
 class ScriptedI3D(Extractor):
     "I3D on Kinetics-400 as a TorchScript, 400 logits (StyleGAN-V; SVD; Latte)."
-    def __init__(self, path: str | Path = "", sha256: str = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"):
-        found = require_file(path, "i3d", "i3d_torchscript.pt, https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt or huggingface.co/flateon/FVD-I3D-torchscript", sha256)
+
+    def __init__(
+        self, path: str | Path = "", sha256: str = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+    ):
+        found = require_file(
+            path,
+            "i3d",
+            "i3d_torchscript.pt, https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt or huggingface.co/flateon/FVD-I3D-torchscript",
+            sha256,
+        )
         super().__init__("i3d-torchscript", found, (10, None))
         self.network = torch.jit.load(str(path), map_location="cpu").eval()
 
-    def read(self, clips): return dict(features=self.network((clips + 1) * 127.5, rescale=True, resize=True, return_features=True))
+    def read(self, clips):
+        return dict(features=self.network((clips + 1) * 127.5, rescale=True, resize=True, return_features=True))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-15
 def read_state(path: str | Path, name: str) -> dict:
     "Tensors of a safetensors file; ValueError for anything else."
-    try: return load_file(path)
-    except SafetensorError as error: raise ValueError(f"{path} is no safetensors file ({error}), and {name} reads nothing else: write it as one, save_file(torch.load(FILE, weights_only=True), NEW)") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file ({error}), and {name} reads nothing else: write it as one, save_file(torch.load(FILE, weights_only=True), NEW)"
+        ) from error
 
 # %% ../../nbs/metrics/networks.ipynb #networks-16
 def same_padding(size, kernel, stride):
@@ -105,79 +128,142 @@ class Unit3D(nn.Module):
 # %% ../../nbs/metrics/networks.ipynb #networks-18
 class SamePool(nn.Module):
     "Largest value of a window, zeros around (I3D's inputs to it are not negative)."
-    def __init__(self, kernel, stride): super().__init__(); self.kernel, self.stride = kernel, stride
-    def forward(self, x): return F.max_pool3d(F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride)), self.kernel, self.stride)
+
+    def __init__(self, kernel, stride):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x):
+        return F.max_pool3d(F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride)), self.kernel, self.stride)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-19
 class Inception(nn.Module):
     "Four branches side by side."
+
     def __init__(self, c_in, a, b1, b2, c1, c2, d):
         super().__init__()
         self.b0, self.b1a, self.b1b = Unit3D(c_in, a), Unit3D(c_in, b1), Unit3D(b1, b2, 3)
         self.b2a, self.b2b = Unit3D(c_in, c1), Unit3D(c1, c2, 3)
         self.b3a, self.b3b = SamePool((3, 3, 3), (1, 1, 1)), Unit3D(c_in, d)
 
-    def forward(self, x): return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
+    def forward(self, x):
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-20
 class I3D(nn.Sequential):
     "Carreira & Zisserman (2017) on RGB, under the names of the PyTorch port that VideoGPT and TATS load; `b 3 t 224 224` in [-1, 1] to logits `b 400`."
+
     def __init__(self):
         wide, both = SamePool((1, 3, 3), (1, 2, 2)), SamePool((3, 3, 3), (2, 2, 2))
         super().__init__()
         for name, layer in dict(
-            Conv3d_1a_7x7=Unit3D(3, 64, 7, 2), MaxPool3d_2a_3x3=wide, Conv3d_2b_1x1=Unit3D(64, 64), Conv3d_2c_3x3=Unit3D(64, 192, 3), MaxPool3d_3a_3x3=wide,
-            Mixed_3b=Inception(192, 64, 96, 128, 16, 32, 32), Mixed_3c=Inception(256, 128, 128, 192, 32, 96, 64), MaxPool3d_4a_3x3=both,
-            Mixed_4b=Inception(480, 192, 96, 208, 16, 48, 64), Mixed_4c=Inception(512, 160, 112, 224, 24, 64, 64), Mixed_4d=Inception(512, 128, 128, 256, 24, 64, 64),
-            Mixed_4e=Inception(512, 112, 144, 288, 32, 64, 64), Mixed_4f=Inception(528, 256, 160, 320, 32, 128, 128), MaxPool3d_5a_2x2=SamePool((2, 2, 2), (2, 2, 2)),
-            Mixed_5b=Inception(832, 256, 160, 320, 32, 128, 128), Mixed_5c=Inception(832, 384, 192, 384, 48, 128, 128), avg_pool=nn.AvgPool3d((2, 7, 7), 1), logits=Unit3D(1024, 400, plain=True),
-        ).items(): self.add_module(name, layer)
+            Conv3d_1a_7x7=Unit3D(3, 64, 7, 2),
+            MaxPool3d_2a_3x3=wide,
+            Conv3d_2b_1x1=Unit3D(64, 64),
+            Conv3d_2c_3x3=Unit3D(64, 192, 3),
+            MaxPool3d_3a_3x3=wide,
+            Mixed_3b=Inception(192, 64, 96, 128, 16, 32, 32),
+            Mixed_3c=Inception(256, 128, 128, 192, 32, 96, 64),
+            MaxPool3d_4a_3x3=both,
+            Mixed_4b=Inception(480, 192, 96, 208, 16, 48, 64),
+            Mixed_4c=Inception(512, 160, 112, 224, 24, 64, 64),
+            Mixed_4d=Inception(512, 128, 128, 256, 24, 64, 64),
+            Mixed_4e=Inception(512, 112, 144, 288, 32, 64, 64),
+            Mixed_4f=Inception(528, 256, 160, 320, 32, 128, 128),
+            MaxPool3d_5a_2x2=SamePool((2, 2, 2), (2, 2, 2)),
+            Mixed_5b=Inception(832, 256, 160, 320, 32, 128, 128),
+            Mixed_5c=Inception(832, 384, 192, 384, 48, 128, 128),
+            avg_pool=nn.AvgPool3d((2, 7, 7), 1),
+            logits=Unit3D(1024, 400, plain=True),
+        ).items():
+            self.add_module(name, layer)
 
-    def forward(self, x): return super().forward(x).mean((2, 3, 4))
+    def forward(self, x):
+        return super().forward(x).mean((2, 3, 4))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-21
 class StateDictI3D(Extractor):
     "I3D on Kinetics-400 from a state dict, 400 logits (VideoGPT; TATS; cd-fvd)."
+
     def __init__(self, path: str | Path = "", sha256: str = ""):
-        found = require_file(path, "i3d-videogpt", "i3d_pretrained_400.pt (github.com/songweige/TATS) and write it as safetensors, which this library reads alone: "
-                             "save_file(torch.load('i3d_pretrained_400.pt', weights_only=True), 'i3d_pretrained_400.safetensors')", sha256)
+        found = require_file(
+            path,
+            "i3d-videogpt",
+            "i3d_pretrained_400.pt (github.com/songweige/TATS) and write it as safetensors, which this library reads alone: "
+            "save_file(torch.load('i3d_pretrained_400.pt', weights_only=True), 'i3d_pretrained_400.safetensors')",
+            sha256,
+        )
         super().__init__("i3d-videogpt", found, (10, None))
         self.network = I3D().eval()
-        try: self.network.load_state_dict(read_state(path, "i3d-videogpt"))
-        except RuntimeError as error: raise ValueError(f"{path} holds another network than I3D: {error}") from error
+        try:
+            self.network.load_state_dict(read_state(path, "i3d-videogpt"))
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another network than I3D: {error}") from error
 
-    def read(self, clips): return dict(features=self.network(to_square(clips, 224)))
+    def read(self, clips):
+        return dict(features=self.network(to_square(clips, 224)))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-25
 class C3D(nn.Module):
     "Tran et al. (2015), fine-tuned on UCF-101, under the names of TGANv2's file; `b 3 16 112 112` to logits `b 101`."
+
     def __init__(self, width: int = 64, hidden: int = 4096, classes: int = 101):
         super().__init__()
         w = width
-        for name, c_in, c_out in (("1a", 3, w), ("2a", w, 2 * w), ("3a", 2 * w, 4 * w), ("3b", 4 * w, 4 * w), ("4a", 4 * w, 8 * w), ("4b", 8 * w, 8 * w), ("5a", 8 * w, 8 * w), ("5b", 8 * w, 8 * w)):
+        for name, c_in, c_out in (
+            ("1a", 3, w),
+            ("2a", w, 2 * w),
+            ("3a", 2 * w, 4 * w),
+            ("3b", 4 * w, 4 * w),
+            ("4a", 4 * w, 8 * w),
+            ("4b", 8 * w, 8 * w),
+            ("5a", 8 * w, 8 * w),
+            ("5b", 8 * w, 8 * w),
+        ):
             self.add_module(f"conv{name}", nn.Conv3d(c_in, c_out, 3, padding=1))
-        self.fc6, self.fc7, self.fc8 = nn.Linear(8 * w * 16, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, classes)
+        self.fc6, self.fc7, self.fc8 = (
+            nn.Linear(8 * w * 16, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, classes),
+        )
 
     def forward(self, x):
         for step in ("1a", (1, 2, 2), "2a", 2, "3a", "3b", 2, "4a", "4b", 2, "5a", "5b", 2):
-            x = F.relu(getattr(self, f"conv{step}")(x)) if isinstance(step, str) else F.max_pool3d(x, step, ceil_mode=True)
+            x = (
+                F.relu(getattr(self, f"conv{step}")(x))
+                if isinstance(step, str)
+                else F.max_pool3d(x, step, ceil_mode=True)
+            )
         return self.fc8(F.relu(self.fc7(F.relu(self.fc6(x.flatten(1))))))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-26
 class C3DClassifier(Extractor):
     "C3D's classes of UCF-101, for the inception score."
-    def __init__(self, path: str | Path = "", mean: str | Path = "", sha256: str = "", width: int = 64, hidden: int = 4096):
+
+    def __init__(
+        self, path: str | Path = "", mean: str | Path = "", sha256: str = "", width: int = 64, hidden: int = 4096
+    ):
         where = "{}, https://github.com/rezoo/tgan2/releases/download/v1.0/{}"
         found = require_file(path, "c3d-ucf101", where.format(*["conv3d_deepnetA_ucf.npz"] * 2), sha256)
         averages = require_file(mean, "c3d-ucf101, mean=,", where.format(*["mean2.npz"] * 2))
         super().__init__("c3d-ucf101", f"{found}, mean {averages}", (16, 16))
         self.network = C3D(width, hidden).eval()
         try:
-            with np.load(path, allow_pickle=False) as file: state = {name.replace("/W", ".weight").replace("/b", ".bias"): torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
-            with np.load(mean, allow_pickle=False) as file: volume = torch.from_numpy(file["mean"].astype(np.float32))
-        except (ValueError, BadZipFile, KeyError, AttributeError) as error: raise ValueError(f"{path} or {mean} is no .npz of TGANv2 ({error}): fetch both again") from error
-        try: self.network.load_state_dict(state)
-        except RuntimeError as error: raise ValueError(f"{path} holds another network than C3D: {error}") from error
+            with np.load(path, allow_pickle=False) as file:
+                state = {
+                    name.replace("/W", ".weight").replace("/b", ".bias"): torch.from_numpy(
+                        file[name].astype(np.float32)
+                    )
+                    for name in file.files
+                }
+            with np.load(mean, allow_pickle=False) as file:
+                volume = torch.from_numpy(file["mean"].astype(np.float32))
+        except (ValueError, BadZipFile, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} or {mean} is no .npz of TGANv2 ({error}): fetch both again") from error
+        try:
+            self.network.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another network than C3D: {error}") from error
         self.register_buffer("mean", volume[:, :, 8:120, 8:120])
 
     def read(self, clips):
@@ -187,27 +273,42 @@ class C3DClassifier(Extractor):
 
 # %% ../../nbs/metrics/networks.ipynb #networks-30
 def read_model(
-    kind: type,           # A model of transformers or diffusers
-    model: str | Path,    # Folder or hub id
+    kind: type,  # A model of transformers or diffusers
+    model: str | Path,  # Folder or hub id
     **options,
 ):
     "A pretrained model of which every weight is there; ValueError where some would be random."
-    with quiet_bars(): network, found = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
+    with quiet_bars():
+        network, found = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
-    if missing: raise ValueError(f"{model} lacks {len(missing)} weights of {kind.__name__}, {missing[0]} among them: it is another network, or damaged")
+    if missing:
+        raise ValueError(
+            f"{model} lacks {len(missing)} weights of {kind.__name__}, {missing[0]} among them: it is another network, or damaged"
+        )
     return network.eval()
 
 # %% ../../nbs/metrics/networks.ipynb #networks-31
 class VideoMAE(Extractor):
     "A VideoMAE of transformers, mean of the last layer over tokens."
+
     def __init__(self, model: str | Path = "MCG-NJU/videomae-base"):
         try:
             network = read_model(VideoMAEModel, model)
-        except OSError as error: raise FileNotFoundError(f"videomae needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a VideoMAE in safetensors") from error
-        super().__init__(f"videomae:{Path(model).name}", tensors_digest(network.state_dict().values()), (network.config.num_frames,) * 2)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"videomae needs a model, and {str(model)!r} cannot be read ({error}): give the folder or hub id of a VideoMAE in safetensors"
+            ) from error
+        super().__init__(
+            f"videomae:{Path(model).name}",
+            tensors_digest(network.state_dict().values()),
+            (network.config.num_frames,) * 2,
+        )
         self.network = network
-        for name, values in dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).items(): self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
+        for name, values in dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
 
     def read(self, clips):
         x = (to_square(clips, self.network.config.image_size) / 2 + 0.5 - self.mean) / self.std
-        return dict(features=self.network(pixel_values=rearrange(x, "b c t h w -> b t c h w")).last_hidden_state.mean(1))
+        return dict(
+            features=self.network(pixel_values=rearrange(x, "b c t h w -> b t c h w")).last_hidden_state.mean(1)
+        )

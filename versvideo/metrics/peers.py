@@ -39,38 +39,58 @@ def load_peer(
     base, _, adapter = (PEERS.get(name, name), "", "") if Path(name).exists() else PEERS.get(name, name).partition("+")
     try:
         with quiet_bars():
-            if not adapter: return DiffusionPipeline.from_pretrained(base, use_safetensors=True)
-            pipe = AnimateDiffPipeline.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(adapter, use_safetensors=True), use_safetensors=True)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace", steps_offset=1)   # what its motion was trained with, not the image model's
+            if not adapter:
+                return DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+            pipe = AnimateDiffPipeline.from_pretrained(
+                base, motion_adapter=MotionAdapter.from_pretrained(adapter, use_safetensors=True), use_safetensors=True
+            )
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config,
+            beta_schedule="linear",
+            clip_sample=False,
+            timestep_spacing="linspace",
+            steps_offset=1,
+        )  # what its motion was trained with, not the image model's
         return pipe
-    except (OSError, ValueError) as error: raise OSError(f"baseline {name!r} cannot be read ({error}): give the folder or hub id of a pipeline of diffusers in safetensors, or one of {', '.join(PEERS)}") from error
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"baseline {name!r} cannot be read ({error}): give the folder or hub id of a pipeline of diffusers in safetensors, or one of {', '.join(PEERS)}"
+        ) from error
 
 # %% ../../nbs/metrics/peers.ipynb #peers-08
 def clips_of(
     pipe: DiffusionPipeline,
     prompts: Sequence,  # One a clip
-    frames: int,        # The first so many of what is generated
-    geometry: str,      # Of the protocol
+    frames: int,  # The first so many of what is generated
+    geometry: str,  # Of the protocol
     seed: int = 0,
-    **arguments,        # Of the pipeline: num_frames, height, width, num_inference_steps, guidance_scale, …
-) -> Callable:          # Numbers of clips to uint8 `b 3 t h w`
+    **arguments,  # Of the pipeline: num_frames, height, width, num_inference_steps, guidance_scale, …
+) -> Callable:  # Numbers of clips to uint8 `b 3 t h w`
     "Generate clips by their numbers, for `collect`."
+
     def make(numbers):
         noise = [torch.Generator().manual_seed((1_000_003 * seed + i) % 2**31) for i in numbers]
         shown = pipe([prompts[i] for i in numbers], generator=noise, output_type="pt", **arguments)
-        clips = shown.videos if hasattr(shown, "videos") else shown.frames.transpose(1, 2)     # others have `b t c h w`
-        if clips.shape[2] < frames: raise ValueError(f"the pipeline makes {clips.shape[2]} frames, the protocol takes {frames}: ask it for more")
+        clips = shown.videos if hasattr(shown, "videos") else shown.frames.transpose(1, 2)  # others have `b t c h w`
+        if clips.shape[2] < frames:
+            raise ValueError(
+                f"the pipeline makes {clips.shape[2]} frames, the protocol takes {frames}: ask it for more"
+            )
         return torch.stack([fit_frames(clip, geometry) for clip in to_uint8(clips[:, :, :frames].cpu() * 2 - 1)])
+
     return make
 
 # %% ../../nbs/metrics/peers.ipynb #peers-12
 def require_judges(
-    data: str,      # Folder of real data; empty: Moving Shapes
+    data: str,  # Folder of real data; empty: Moving Shapes
     **judges: str,  # Parameters that choose a network
 ) -> None:
     "ValueError where real videos would be scored by a network that knows Moving Shapes alone."
     for name, value in judges.items():
-        if data and value in ("", "shapes"): raise ValueError(f"{name}={value!r} is a network of Moving Shapes, data={data!r} is not: give one of real videos as {name}=, for the numbers of papers i3d, c3d and openai/clip-vit-base-patch32")
+        if data and value in ("", "shapes"):
+            raise ValueError(
+                f"{name}={value!r} is a network of Moving Shapes, data={data!r} is not: give one of real videos as {name}=, for the numbers of papers i3d, c3d and openai/clip-vit-base-patch32"
+            )
 
 # %% ../../nbs/metrics/peers.ipynb #peers-13
 def weights_digest(pipe: DiffusionPipeline) -> str:
@@ -81,21 +101,40 @@ def weights_digest(pipe: DiffusionPipeline) -> str:
 # %% ../../nbs/metrics/peers.ipynb #peers-14
 def collect_models(
     bench: Benchmark,
-    extractors: dict,        # Name to `Extractor`
-    pipe: VideoDenoiser,     # The model, "ours"
-    baselines: str,          # Names that `load_peer` knows, with commas
-    folder: str | Path,      # Of the features, a folder for each set
-    steps: int,              # Denoising steps, of all models alike
+    extractors: dict,  # Name to `Extractor`
+    pipe: VideoDenoiser,  # The model, "ours"
+    baselines: str,  # Names that `load_peer` knows, with commas
+    folder: str | Path,  # Of the features, a folder for each set
+    steps: int,  # Denoising steps, of all models alike
     guidance: float,
     seed: int = 0,
     batch: int = 8,
     processes: PartialState | None = None,
-) -> tuple:                  # Name to the folder of its features; name to what its protocol says of how it was made
+) -> tuple:  # Name to the folder of its features; name to what its protocol says of how it was made
     "Collect what a table compares; other pipelines at the size that they were trained at, on Moving Shapes at its size."
     t, h, w = pipe.trained_size
     device = next(iter(extractors.values())).parameters().__next__().device
-    chosen = dict(clips=list_hash([*bench.names, *bench.prompts]), data=bench.data, stride=bench.preset.stride, geometry=bench.geometry, real_geometry=bench.real_geometry)
-    def gather(name, make, **about): return collect(extractors, make, len(bench), Path(folder) / re.sub(r"[^\w.]+", "-", name), batch, bench.frames, processes, name, chosen | about)
+    chosen = dict(
+        clips=list_hash([*bench.names, *bench.prompts]),
+        data=bench.data,
+        stride=bench.preset.stride,
+        geometry=bench.geometry,
+        real_geometry=bench.real_geometry,
+    )
+
+    def gather(name, make, **about):
+        return collect(
+            extractors,
+            make,
+            len(bench),
+            Path(folder) / re.sub(r"[^\w.]+", "-", name),
+            batch,
+            bench.frames,
+            processes,
+            name,
+            chosen | about,
+        )
+
     sets, made = {"real": gather("real", bench.real)}, {"real": dict(seed=seed)}
     if bench.others:
         name = "real, others of the same kind"
@@ -104,7 +143,23 @@ def collect_models(
         model = pipe if name == "ours" else load_peer(name).to(device)
         model.set_progress_bar_config(disable=True)
         shape = dict(height=h, width=w) if name == "ours" or bench.others else {}
-        made[name] = dict(seed=seed, size=f"{t}x{h}x{w}" if shape else f"{t} frames of its own size", sampler=type(model.scheduler).__name__, steps=steps, guidance=guidance)
-        draw = clips_of(model, bench.prompts, bench.frames, bench.geometry, seed, num_frames=t, num_inference_steps=steps, guidance_scale=guidance, **shape)
+        made[name] = dict(
+            seed=seed,
+            size=f"{t}x{h}x{w}" if shape else f"{t} frames of its own size",
+            sampler=type(model.scheduler).__name__,
+            steps=steps,
+            guidance=guidance,
+        )
+        draw = clips_of(
+            model,
+            bench.prompts,
+            bench.frames,
+            bench.geometry,
+            seed,
+            num_frames=t,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            **shape,
+        )
         sets[name] = gather(name, draw, weights=weights_digest(model), **made[name])
     return sets, made

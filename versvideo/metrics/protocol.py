@@ -25,23 +25,24 @@ def list_hash(items: Sequence) -> str:
 @dataclass(frozen=True)
 class Protocol:
     "Everything a score depends on but the model."
-    metric: str            # FVD, IS, CLIPSIM, FC, …
-    dataset: str           # MSR-VTT, UCF-101, Moving Shapes, …
-    split: str             # test, train+test, …
-    clips: str             # `list_hash` of the real clips and the prompts
-    real: int              # Number of real clips; 0 where none are needed
-    generated: int         # Number of clips that are scored
-    frames: int            # Of each clip
-    stride: int            # Every so many frames of the real clips
-    geometry: str          # What was done to their size: 256 centre crop, 64 as rendered, …
-    extractor: str         # `Extractor.name`
-    checksum: str          # `Extractor.checksum`
-    size: str              # Frames x height x width that the model made; empty for real clips
-    sampler: str           # Scheduler; empty for real clips
-    steps: int             # Of it
-    guidance: float        # Scale
-    seed: int              # Of clips, captions and noise
-    notes: str = ""        # Parts of an inception score, which captions, …
+
+    metric: str  # FVD, IS, CLIPSIM, FC, …
+    dataset: str  # MSR-VTT, UCF-101, Moving Shapes, …
+    split: str  # test, train+test, …
+    clips: str  # `list_hash` of the real clips and the prompts
+    real: int  # Number of real clips; 0 where none are needed
+    generated: int  # Number of clips that are scored
+    frames: int  # Of each clip
+    stride: int  # Every so many frames of the real clips
+    geometry: str  # What was done to their size: 256 centre crop, 64 as rendered, …
+    extractor: str  # `Extractor.name`
+    checksum: str  # `Extractor.checksum`
+    size: str  # Frames x height x width that the model made; empty for real clips
+    sampler: str  # Scheduler; empty for real clips
+    steps: int  # Of it
+    guidance: float  # Scale
+    seed: int  # Of clips, captions and noise
+    notes: str = ""  # Parts of an inception score, which captions, …
     versions: dict = field(default_factory=dict, compare=False)  # Of the packages
 
     def differs(self, other: "Protocol") -> list:
@@ -51,9 +52,15 @@ class Protocol:
     def __str__(self):
         against = f"{self.generated} clips against {self.real} real ones" if self.real else f"{self.generated} clips"
         where = f"{self.dataset} {self.split}".strip()
-        made = f"made as {self.size} by {self.sampler}, {self.steps} steps, guidance {self.guidance:g}, " if self.sampler else ""
-        return (f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {where} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
-                f"{made}seed {self.seed}" + (f"; {self.notes}" if self.notes else ""))
+        made = (
+            f"made as {self.size} by {self.sampler}, {self.steps} steps, guidance {self.guidance:g}, "
+            if self.sampler
+            else ""
+        )
+        return (
+            f"{self.metric} on {self.extractor} ({self.checksum[:8]}), {against} of {where} (list {self.clips}), {self.frames} frames, stride {self.stride}, {self.geometry}; "
+            f"{made}seed {self.seed}" + (f"; {self.notes}" if self.notes else "")
+        )
 
 # %% ../../nbs/metrics/protocol.ipynb #protocol-09
 @dataclass(frozen=True)
@@ -78,11 +85,12 @@ class Score:
 
 # %% ../../nbs/metrics/protocol.ipynb #protocol-13
 def score_table(
-    rows: dict,             # Name of a row to scores by the name of their column
+    rows: dict,  # Name of a row to scores by the name of their column
     may_differ: Sequence = (),  # Fields of the protocol
 ) -> Table:
     "Scores side by side; ValueError where two of a column have different protocols."
-    for name in may_differ: pick({f.name: 0 for f in fields(Protocol)}, name, "field of a protocol")
+    for name in may_differ:
+        pick({f.name: 0 for f in fields(Protocol)}, name, "field of a protocol")
     first, said = {}, {}
     for row, scores in rows.items():
         for column, score in scores.items():
@@ -90,8 +98,19 @@ def score_table(
             different = score.protocol.differs(other[1].protocol)
             said |= dict.fromkeys(different)
             if different := [name for name in different if name not in may_differ]:
-                both = "; ".join(f"{name}: {getattr(other[1].protocol, name)!r} and {getattr(score.protocol, name)!r}" for name in different)
-                raise ValueError(f"{column} of {other[0]!r} and of {row!r} are of different protocols and cannot be compared ({both}): give them columns of their own, or name the fields as may_differ=")
+                both = "; ".join(
+                    f"{name}: {getattr(other[1].protocol, name)!r} and {getattr(score.protocol, name)!r}"
+                    for name in different
+                )
+                raise ValueError(
+                    f"{column} of {other[0]!r} and of {row!r} are of different protocols and cannot be compared ({both}): give them columns of their own, or name the fields as may_differ="
+                )
     columns = dict.fromkeys(column for scores in rows.values() for column in scores)
-    if said: print(f"Protocols of a column differ in: {', '.join(said)}")
-    return show_table([{"": row} | {column: str(scores[column]) if column in scores else "" for column in columns} for row, scores in rows.items()])
+    if said:
+        print(f"Protocols of a column differ in: {', '.join(said)}")
+    return show_table(
+        [
+            {"": row} | {column: str(scores[column]) if column in scores else "" for column in columns}
+            for row, scores in rows.items()
+        ]
+    )

@@ -20,14 +20,25 @@ from ..models.text import preprocess_frames
 
 # %% ../../nbs/metrics/quality.ipynb #quality-06
 def as_pairs(
-    x: torch.Tensor, y: torch.Tensor,  # Clips `b c t h w`
-) -> tuple:                            # Both as float64 in [0, 1]
+    x: torch.Tensor,
+    y: torch.Tensor,  # Clips `b c t h w`
+) -> tuple:  # Both as float64 in [0, 1]
     "Two sets of clips of the same shape; ValueError or TypeError for what is none."
-    if x.ndim != 5 or x.shape != y.shape or 0 in x.shape: raise ValueError(f"clips of shapes {tuple(x.shape)} and {tuple(y.shape)}: both `b c t h w`, the same, and none of them empty")
+    if x.ndim != 5 or x.shape != y.shape or 0 in x.shape:
+        raise ValueError(
+            f"clips of shapes {tuple(x.shape)} and {tuple(y.shape)}: both `b c t h w`, the same, and none of them empty"
+        )
     for v in (x, y):
-        if v.dtype != torch.uint8 and not v.is_floating_point(): raise TypeError(f"clips are {v.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
-        if v.is_floating_point() and not v.isfinite().all(): raise ValueError(f"{int((~v.isfinite()).flatten(1).any(1).sum())} of {len(v)} clips hold values that are not numbers")
-        if v.is_floating_point() and v.abs().max() > 2: raise ValueError(f"clips are floats from {v.min():.4g} to {v.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8")
+        if v.dtype != torch.uint8 and not v.is_floating_point():
+            raise TypeError(f"clips are {v.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
+        if v.is_floating_point() and not v.isfinite().all():
+            raise ValueError(
+                f"{int((~v.isfinite()).flatten(1).any(1).sum())} of {len(v)} clips hold values that are not numbers"
+            )
+        if v.is_floating_point() and v.abs().max() > 2:
+            raise ValueError(
+                f"clips are floats from {v.min():.4g} to {v.max():.4g}: floats are in [-1, 1], values in [0, 255] come as uint8"
+            )
     return tuple(v.double() / 255 if v.dtype == torch.uint8 else v.double() / 2 + 0.5 for v in (x, y))
 
 # %% ../../nbs/metrics/quality.ipynb #quality-07
@@ -41,9 +52,10 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     "Structural similarity of each clip, mean over frames, channels and places; 1 for equal clips (Wang et al. 2004)."
     b = len(x)
     x, y = (rearrange(v, "b c t h w -> (b c t) 1 h w") for v in as_pairs(x, y))
-    if min(x.shape[2:]) < 11: raise ValueError(f"frames of {tuple(x.shape[2:])} pixels: SSIM's window has 11, give larger ones")
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"frames of {tuple(x.shape[2:])} pixels: SSIM's window has 11, give larger ones")
     g = torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5).square() / (2 * 1.5**2))
-    window = torch.outer(g, g)[None, None] / g.sum()**2
+    window = torch.outer(g, g)[None, None] / g.sum() ** 2
     mean = lambda v: F.conv2d(v, window)
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
@@ -52,11 +64,12 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/metrics/quality.ipynb #quality-12
 def flicker(
-    x: torch.Tensor,         # The clip
-    reference: torch.Tensor  # What it should be
+    x: torch.Tensor,  # The clip
+    reference: torch.Tensor,  # What it should be
 ) -> torch.Tensor:
     "Mean absolute error of the differences of neighbouring frames of each clip, in [0, 2]; ValueError for a single frame."
-    if x.ndim == 5 and x.shape[2] < 2: raise ValueError(f"{x.shape[2]} frame: flicker needs at least 2")
+    if x.ndim == 5 and x.shape[2] < 2:
+        raise ValueError(f"{x.shape[2]} frame: flicker needs at least 2")
     x, y = as_pairs(x, reference)
     return (x.diff(dim=2) - y.diff(dim=2)).abs().mean((1, 2, 3, 4))
 
@@ -64,22 +77,31 @@ def flicker(
 def edge_f1(
     found: torch.Tensor,  # Edge maps `b 1 t h w`, an edge where above a half
     asked: torch.Tensor,  # The same
-    tolerance: int = 1,   # Pixels
+    tolerance: int = 1,  # Pixels
 ) -> torch.Tensor:
     "F1 of the edges of each clip; 1 where neither has any, 0 where one has none."
-    if found.shape != asked.shape or found.ndim != 5: raise ValueError(f"edges of shapes {tuple(found.shape)} and {tuple(asked.shape)}: both `b 1 t h w`, and the same")
+    if found.shape != asked.shape or found.ndim != 5:
+        raise ValueError(
+            f"edges of shapes {tuple(found.shape)} and {tuple(asked.shape)}: both `b 1 t h w`, and the same"
+        )
     for name, x in (("found", found), ("asked", asked)):
-        if not x.isfinite().all(): raise ValueError(f"{name}: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} edge maps hold values that are not numbers, leave those clips out")
+        if not x.isfinite().all():
+            raise ValueError(
+                f"{name}: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} edge maps hold values that are not numbers, leave those clips out"
+            )
     found, asked = (x > 0.5 for x in (found, asked))
-    near = lambda x: F.max_pool3d(x.float(), (1, 2 * tolerance + 1, 2 * tolerance + 1), 1, (0, tolerance, tolerance)) > 0
+    near = lambda x: (
+        F.max_pool3d(x.float(), (1, 2 * tolerance + 1, 2 * tolerance + 1), 1, (0, tolerance, tolerance)) > 0
+    )
     count = lambda x: x.double().sum((1, 2, 3, 4))
     precision, recall = ((count(a & near(b)) / count(a).clamp(min=1)) for a, b in ((found, asked), (asked, found)))
     none = (count(found) + count(asked)) == 0
-    return torch.where(none, 1., 2 * precision * recall / (precision + recall).clamp(min=1e-12))
+    return torch.where(none, 1.0, 2 * precision * recall / (precision + recall).clamp(min=1e-12))
 
 # %% ../../nbs/metrics/quality.ipynb #quality-20
 class ClipDistance(nn.Module):
     "Mean squared distance of two sets of frames in the layers of a CLIP vision tower, where each token has length 1."
+
     name = "embedded CLIP vision tower"
 
     def __init__(self, tower: CLIPVisionModelWithProjection):
@@ -92,11 +114,14 @@ class ClipDistance(nn.Module):
         return [F.normalize(h.float(), dim=-1) for h in hidden[1:]]
 
     def forward(self, x, y):
-        return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.layers(x), self.layers(y), strict=True)]).mean()
+        return torch.stack(
+            [(a - b).square().sum(-1).mean() for a, b in zip(self.layers(x), self.layers(y), strict=True)]
+        ).mean()
 
 # %% ../../nbs/metrics/quality.ipynb #quality-21
 class LpipsDistance(nn.Module):
     "LPIPS of two sets of frames, mean over frames; FileNotFoundError where the weights of its network are not on this machine."
+
     name = "LPIPS, VGG"
     file = "vgg16-397923af.pth"
 
@@ -104,12 +129,17 @@ class LpipsDistance(nn.Module):
         super().__init__()
         home = Path(torch.hub.get_dir()) / "checkpoints" / self.file
         if not home.exists():
-            raise FileNotFoundError(f"LPIPS needs {home}: fetch https://download.pytorch.org/models/{self.file}, or choose perceptual='clip'")
-        try: import lpips
-        except ImportError as error: raise ImportError("LPIPS needs its package: pip install lpips, or choose perceptual='clip'") from error
+            raise FileNotFoundError(
+                f"LPIPS needs {home}: fetch https://download.pytorch.org/models/{self.file}, or choose perceptual='clip'"
+            )
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError("LPIPS needs its package: pip install lpips, or choose perceptual='clip'") from error
         self.net = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
 
-    def forward(self, x, y): return self.net(x, y).mean()
+    def forward(self, x, y):
+        return self.net(x, y).mean()
 
 # %% ../../nbs/metrics/quality.ipynb #quality-22
 @torch.no_grad()
@@ -123,12 +153,17 @@ def perceptual_error(
 
 # %% ../../nbs/metrics/quality.ipynb #quality-23
 def perceptual_distance(
-    kind: str,              # lpips | clip | auto: LPIPS where its weights are on this machine
-    tower=None,             # The CLIP vision tower of "clip"
-) -> nn.Module:             # Of frames `n 3 h w` in [-1, 1]; its `name` belongs in the record
+    kind: str,  # lpips | clip | auto: LPIPS where its weights are on this machine
+    tower=None,  # The CLIP vision tower of "clip"
+) -> nn.Module:  # Of frames `n 3 h w` in [-1, 1]; its `name` belongs in the record
     "A distance of frames; the perceptual term of equation (9)."
-    if kind not in ("lpips", "clip", "auto"): raise ValueError(f"perceptual={kind!r}: choose lpips, clip or auto")
-    there = importlib.util.find_spec("lpips") and (Path(torch.hub.get_dir()) / "checkpoints" / LpipsDistance.file).exists()
-    if kind == "lpips" or kind == "auto" and there: return LpipsDistance()
-    if tower is None: raise ValueError(f"perceptual={kind!r} needs a CLIP vision tower")
+    if kind not in ("lpips", "clip", "auto"):
+        raise ValueError(f"perceptual={kind!r}: choose lpips, clip or auto")
+    there = (
+        importlib.util.find_spec("lpips") and (Path(torch.hub.get_dir()) / "checkpoints" / LpipsDistance.file).exists()
+    )
+    if kind == "lpips" or kind == "auto" and there:
+        return LpipsDistance()
+    if tower is None:
+        raise ValueError(f"perceptual={kind!r} needs a CLIP vision tower")
     return ClipDistance(tower)

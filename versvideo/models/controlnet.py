@@ -34,16 +34,28 @@ class ConditionAdapter(nn.Module):
 # %% ../../nbs/models/controlnet.ipynb #controlnet-10
 def as_weights(
     scale: float | Sequence | torch.Tensor,  # One number, one a frame, or `n t` with n a divisor of b
-    name: str,                               # Of the condition, for the message
-    b: int, t: int,
+    name: str,  # Of the condition, for the message
+    b: int,
+    t: int,
     device: torch.device | None = None,
-) -> torch.Tensor:                           # `b t`
+) -> torch.Tensor:  # `b t`
     "The strength of a condition on each frame; ValueError for another shape, or for what is no number from 0 on."
-    try: weights = torch.as_tensor(scale, dtype=torch.float32, device=device)
-    except (TypeError, ValueError, RuntimeError): weights = None
-    if weights is None or weights.ndim > 2 or weights.shape[-1:] not in ((), (1,), (t,)) or (weights.ndim == 2 and (len(weights) == 0 or b % len(weights))) or not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"the scale of {name!r} is {scale!r}: give one number from 0 on, or one for each of the {t} frames")
-    if weights.ndim == 2: weights = weights.repeat_interleave(b // len(weights), dim=0)
+    try:
+        weights = torch.as_tensor(scale, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        weights = None
+    if (
+        weights is None
+        or weights.ndim > 2
+        or weights.shape[-1:] not in ((), (1,), (t,))
+        or (weights.ndim == 2 and (len(weights) == 0 or b % len(weights)))
+        or not (weights.isfinite() & (weights >= 0)).all()
+    ):
+        raise ValueError(
+            f"the scale of {name!r} is {scale!r}: give one number from 0 on, or one for each of the {t} frames"
+        )
+    if weights.ndim == 2:
+        weights = weights.repeat_interleave(b // len(weights), dim=0)
     return weights.expand(b, t)
 
 # %% ../../nbs/models/controlnet.ipynb #controlnet-11
@@ -63,12 +75,18 @@ def zero_convolution(channels):
 # %% ../../nbs/models/controlnet.ipynb #controlnet-16
 class VersVideoControlNet(LayeredModel):
     "What conditions add to a `VersVideoUNet` (paper 2.4, equation 10): one network, an adapter for each condition."
+
     @register_to_config
     def __init__(
         self,
-        conditions: dict,                            # Name to channels: {"canny": 1, "image": 4}
-        adapter_channels: tuple = (16, 32, 96, 256),  # Widths of an adapter, each after the first at half the resolution
-        in_channels: int = 4,                        # From here on as the UNet
+        conditions: dict,  # Name to channels: {"canny": 1, "image": 4}
+        adapter_channels: tuple = (
+            16,
+            32,
+            96,
+            256,
+        ),  # Widths of an adapter, each after the first at half the resolution
+        in_channels: int = 4,  # From here on as the UNet
         block_out_channels: tuple = (64, 128),
         layers_per_block: int = 1,
         attention_levels: tuple = (True, True),
@@ -80,7 +98,8 @@ class VersVideoControlNet(LayeredModel):
         temporal_attentions: int = 1,
     ):
         super().__init__()
-        if not conditions: raise ValueError("conditions is empty: name at least one and its channels, for example {'canny': 1}")
+        if not conditions:
+            raise ValueError("conditions is empty: name at least one and its channels, for example {'canny': 1}")
         self.make_way_down()
         self.adapters = nn.ModuleDict({name: self.new_adapter(channels) for name, channels in conditions.items()})
         self.zero_down = nn.ModuleList(map(zero_convolution, skip_channels(block_out_channels, layers_per_block)))
@@ -89,14 +108,16 @@ class VersVideoControlNet(LayeredModel):
     @classmethod
     def from_unet(
         cls,
-        unet: VersVideoUNet,                         # Trained; stays as it is
-        conditions: dict,                            # Name to channels
-        experts: tuple | None = None,                # N, M; None: as many as the UNet has
+        unet: VersVideoUNet,  # Trained; stays as it is
+        conditions: dict,  # Name to channels
+        experts: tuple | None = None,  # N, M; None: as many as the UNet has
         adapter_channels: tuple = (16, 32, 96, 256),
     ):
         "A ControlNet that starts from a UNet's first half."
         own = {name: unet.config[name] for name in cls._get_init_keys(cls) if name in unet.config}
-        control = cls(conditions=conditions, adapter_channels=adapter_channels, **own | (dict(experts=experts) if experts else {}))
+        control = cls(
+            conditions=conditions, adapter_channels=adapter_channels, **own | (dict(experts=experts) if experts else {})
+        )
         mine = control.state_dict()
         load_translated(control, {name: p for name, p in unet.state_dict().items() if name in mine}, {})
         return (control if control.dtype == unet.dtype else control.to(unet.dtype)).to(unet.device).train(unet.training)
@@ -104,7 +125,10 @@ class VersVideoControlNet(LayeredModel):
     def go_on_from(self, trained: "VersVideoControlNet"):
         "Take the weights of a trained one, its experts merged or not; a condition that it lacks stays new. ValueError where it has others, or other widths."
         extra = sorted(set(trained.config.conditions) - set(self.config.conditions))
-        if extra: raise ValueError(f"the trained ControlNet has {', '.join(extra)}, which this one lacks: name all of its conditions, {', '.join(trained.config.conditions)}")
+        if extra:
+            raise ValueError(
+                f"the trained ControlNet has {', '.join(extra)}, which this one lacks: name all of its conditions, {', '.join(trained.config.conditions)}"
+            )
         load_translated(self, trained.state_dict(), {})
         return self
 
@@ -116,21 +140,23 @@ class VersVideoControlNet(LayeredModel):
 
         Beside another condition of at least the same strength it therefore changes nothing. Alone, it calls a trained network on no features, and that adds something.
         """
-        if name in self.adapters: raise ValueError(f"there is an adapter for {name!r} already: choose another name")
+        if name in self.adapters:
+            raise ValueError(f"there is an adapter for {name!r} already: choose another name")
         self.adapters[name] = self.new_adapter(channels).to(self.device, self.dtype)
         change_config(self, conditions=dict(self.config.conditions) | {name: channels})
         return self
 
     def forward(
         self,
-        sample: torch.Tensor,                 # Noisy latents, `b c t h w`
-        timestep: torch.Tensor | int,         # Diffusion step, one or one a clip
+        sample: torch.Tensor,  # Noisy latents, `b c t h w`
+        timestep: torch.Tensor | int,  # Diffusion step, one or one a clip
         encoder_hidden_states: torch.Tensor,  # Text (and style) tokens, `b n d`
-        conditions: dict,                     # Name to condition clip in [0, 1], `b c t 8h 8w`
-        scales: dict | None = None,           # Name to strength: a number, one a frame, or `b t`; 1 where there is none
+        conditions: dict,  # Name to condition clip in [0, 1], `b c t 8h 8w`
+        scales: dict | None = None,  # Name to strength: a number, one a frame, or `b t`; 1 where there is none
         token_weights: torch.Tensor | None = None,  # As of the UNet
-        memory: dict | None = None,           # Takes the features of conditions, and gives them to the next call with the same ones
-        return_dict: bool = True,             # False gives a tuple
+        memory: dict
+        | None = None,  # Takes the features of conditions, and gives them to the next call with the same ones
+        return_dict: bool = True,  # False gives a tuple
     ):
         check_inputs(self.config, sample, timestep, encoder_hidden_states, token_weights)
         self.check_conditions(conditions, sample.shape)
@@ -138,27 +164,57 @@ class VersVideoControlNet(LayeredModel):
         weights = {name: as_weights((scales or {}).get(name, 1.0), name, b, t, sample.device) for name in conditions}
         gain, shares = share_out(weights)
         spread = lambda w: w.to(sample.dtype)[:, None, :, None, None]
-        features = sum(spread(shares[name]) * self.adapt(name, clip.to(sample), shares[name], memory) for name, clip in conditions.items())
-        middle, skips = self.go_down(sample, self.embed_step(sample, timestep), encoder_hidden_states, token_bias(token_weights, encoder_hidden_states), features)
+        features = sum(
+            spread(shares[name]) * self.adapt(name, clip.to(sample), shares[name], memory)
+            for name, clip in conditions.items()
+        )
+        middle, skips = self.go_down(
+            sample,
+            self.embed_step(sample, timestep),
+            encoder_hidden_states,
+            token_bias(token_weights, encoder_hidden_states),
+            features,
+        )
         down = tuple(spread(gain) * per_frame(zero, skip) for zero, skip in zip(self.zero_down, skips, strict=True))
         middle = spread(gain) * per_frame(self.zero_middle, middle)
-        return ControlNetOutput(down_block_res_samples=down, mid_block_res_sample=middle) if return_dict else (down, middle)
+        return (
+            ControlNetOutput(down_block_res_samples=down, mid_block_res_sample=middle)
+            if return_dict
+            else (down, middle)
+        )
 
     def adapt(self, name, clip, share, memory=None):
         "Features of a condition; of clips that have no share of it, zeros, which cost nothing."
-        if memory is not None:   # all clips, as a later step may ask for others
-            if name not in memory or len(memory[name]) != len(clip): memory[name] = self._run(self.adapters[name], clip)   # guidance may go off on the way
+        if memory is not None:  # all clips, as a later step may ask for others
+            if name not in memory or len(memory[name]) != len(clip):
+                memory[name] = self._run(self.adapters[name], clip)  # guidance may go off on the way
             return memory[name]
         used = (share > 0).any(1)
-        if used.all(): return self._run(self.adapters[name], clip)
-        features = clip.new_zeros(len(clip), self.config.block_out_channels[0], clip.shape[2], *(n // 2 ** (len(self.config.adapter_channels) - 1) for n in clip.shape[3:]))
-        return features.index_put((used,), self._run(self.adapters[name], clip[used]).to(features)) if used.any() else features
+        if used.all():
+            return self._run(self.adapters[name], clip)
+        features = clip.new_zeros(
+            len(clip),
+            self.config.block_out_channels[0],
+            clip.shape[2],
+            *(n // 2 ** (len(self.config.adapter_channels) - 1) for n in clip.shape[3:]),
+        )
+        return (
+            features.index_put((used,), self._run(self.adapters[name], clip[used]).to(features))
+            if used.any()
+            else features
+        )
 
     def check_conditions(self, conditions, shape):
         "ValueError unless each has an adapter and the size that belongs to latents of this shape."
         factor = 2 ** (len(self.config.adapter_channels) - 1)
-        if not conditions: raise ValueError(f"conditions is empty: give at least one of {', '.join(self.adapters)}, or call the UNet alone")
+        if not conditions:
+            raise ValueError(
+                f"conditions is empty: give at least one of {', '.join(self.adapters)}, or call the UNet alone"
+            )
         for name, clip in conditions.items():
             channels = pick(self.config.conditions, name, "condition")
             wanted = (shape[0], channels, shape[2], shape[3] * factor, shape[4] * factor)
-            if tuple(clip.shape) != wanted: raise ValueError(f"condition {name!r} has shape {tuple(clip.shape)}: latents of {tuple(shape)} need `b c t h w` = {wanted}")
+            if tuple(clip.shape) != wanted:
+                raise ValueError(
+                    f"condition {name!r} has shape {tuple(clip.shape)}: latents of {tuple(shape)} need `b c t h w` = {wanted}"
+                )

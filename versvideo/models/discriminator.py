@@ -40,7 +40,9 @@ class TemporalDiscriminator(ModelMixin, ConfigMixin):
 # %% ../../nbs/models/discriminator.ipynb #discriminator-08
 def judge(discriminator, clips):
     "Logits through which gradients reach the clips and not the discriminator."
-    return torch.func.functional_call(discriminator, {name: p.detach() for name, p in discriminator.named_parameters()}, (clips,))
+    return torch.func.functional_call(
+        discriminator, {name: p.detach() for name, p in discriminator.named_parameters()}, (clips,)
+    )
 
 # %% ../../nbs/models/discriminator.ipynb #discriminator-09
 def hinge_loss(real: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
@@ -71,29 +73,39 @@ class DecoderAndCritic(nn.Module):
 @dataclass
 class DecoderLoss:
     "Equation (9), and the loss of the discriminator."
-    perceptual: nn.Module             # Of `perceptual_distance`
-    perceptual_weight: float = 1.     # As VQ-GAN's
-    adversarial_weight: float = 0.5   # Times the adaptive weight
+
+    perceptual: nn.Module  # Of `perceptual_distance`
+    perceptual_weight: float = 1.0  # As VQ-GAN's
+    adversarial_weight: float = 0.5  # Times the adaptive weight
     consistency_weight: float = 1e-4  # λ
-    squared_weight: float = 0.        # Beyond equation (9): of the squared error
-    difference_weight: float = 0.     # Beyond equation (9): of the error of the differences of neighbouring frames, flicker
-    start: int = 0                    # Step from which on there is a discriminator
+    squared_weight: float = 0.0  # Beyond equation (9): of the squared error
+    difference_weight: float = (
+        0.0  # Beyond equation (9): of the error of the differences of neighbouring frames, flicker
+    )
+    start: int = 0  # Step from which on there is a discriminator
 
     def __call__(self, model: DecoderAndCritic, batch: dict) -> dict:
         "Terms for a batch of `clips`, `b 3 t h w` in [-1, 1], at `step`; `loss` is what to minimise."
         clips = batch["clips"]
-        with torch.no_grad(): posterior, F_S = encode_features(model.vae, to_frames(clips))
+        with torch.no_grad():
+            posterior, F_S = encode_features(model.vae, to_frames(clips))
         decoded, F_A = decode_features(model.vae, to_clips(posterior.mode(), len(clips)))
         change = (decoded - clips).diff(dim=2)
-        terms = {"l1": F.l1_loss(decoded, clips), "l2": F.mse_loss(decoded, clips), "difference": change.abs().sum() / max(change.numel(), 1),
-                 "perceptual": self.perceptual(to_frames(decoded), to_frames(clips)),
-                 "consistency": sum(F.mse_loss(a, s) for a, s in zip(F_A, F_S, strict=True))}
+        terms = {
+            "l1": F.l1_loss(decoded, clips),
+            "l2": F.mse_loss(decoded, clips),
+            "difference": change.abs().sum() / max(change.numel(), 1),
+            "perceptual": self.perceptual(to_frames(decoded), to_frames(clips)),
+            "consistency": sum(F.mse_loss(a, s) for a, s in zip(F_A, F_S, strict=True)),
+        }
         beyond = self.squared_weight * terms["l2"] + self.difference_weight * terms["difference"]
         reconstruction = terms["l1"] + self.perceptual_weight * terms["perceptual"] + beyond
         loss = reconstruction + self.consistency_weight * terms["consistency"]
         if self.adversarial_weight and batch["step"] >= self.start:
             terms["adversarial"] = -judge(model.critic, decoded).mean()
             terms["discriminator"] = hinge_loss(model.critic(clips), model.critic(decoded.detach()))
-            terms["weight"] = self.adversarial_weight * adaptive_weight(reconstruction, terms["adversarial"], model.last_weight)
+            terms["weight"] = self.adversarial_weight * adaptive_weight(
+                reconstruction, terms["adversarial"], model.last_weight
+            )
             loss = loss + terms["weight"] * terms["adversarial"] + terms["discriminator"]
         return terms | {"loss": loss}

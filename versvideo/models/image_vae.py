@@ -19,15 +19,14 @@ VAES = {
 }
 
 # %% ../../nbs/models/image_vae.ipynb #image-vae-06
-def start_as_identity(
-    vae: AutoencoderKL
-) -> AutoencoderKL:
+def start_as_identity(vae: AutoencoderKL) -> AutoencoderKL:
     "Let the signal pass an untrained autoencoder: residual branches at zero, other convolutions near the identity; in place."
     for name, m in vae.named_modules():
-        if name.endswith(("conv2", "to_out.0")): nn.init.zeros_(m.weight)
+        if name.endswith(("conv2", "to_out.0")):
+            nn.init.zeros_(m.weight)
         elif isinstance(m, nn.Conv2d) and not name.endswith("conv1"):
             m.weight.data.mul_(0.5).add_(nn.init.dirac_(torch.empty_like(m.weight)))
-    nn.init.constant_(vae.quant_conv.bias[4:], -5.)   # a narrow posterior: the decoder starts on latents, not on noise
+    nn.init.constant_(vae.quant_conv.bias[4:], -5.0)  # a narrow posterior: the decoder starts on latents, not on noise
     return vae
 
 # %% ../../nbs/models/image_vae.ipynb #image-vae-07

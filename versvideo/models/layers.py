@@ -51,17 +51,32 @@ class ResBlock(nn.Module):
 # %% ../../nbs/models/layers.ipynb #layers-12
 class Layer(nn.Module):
     "Residual block, then a spatial and a temporal transformer, each where it is wanted."
-    def __init__(self, channels_in, channels, step_dim, text_dim, head_dim, experts=(4, 4), norm_groups=32, spatial=True, temporal=True,
-                 temporal_attentions=1):
+
+    def __init__(
+        self,
+        channels_in,
+        channels,
+        step_dim,
+        text_dim,
+        head_dim,
+        experts=(4, 4),
+        norm_groups=32,
+        spatial=True,
+        temporal=True,
+        temporal_attentions=1,
+    ):
         super().__init__()
         spatial = SpatialTransformer(channels, head_dim, text_dim, experts[0], norm_groups) if spatial else None
-        temporal = TemporalTransformer(channels, head_dim, experts[1], norm_groups, temporal_attentions) if temporal else None
+        temporal = (
+            TemporalTransformer(channels, head_dim, experts[1], norm_groups, temporal_attentions) if temporal else None
+        )
         self.res = ResBlock(channels_in, channels, step_dim, norm_groups)
         self.spatial, self.temporal = spatial, temporal
 
     def forward(self, x, step, text, bias=None):
         x = self.res(x, step)
-        if self.spatial is not None: x = self.spatial(x, text, bias)
+        if self.spatial is not None:
+            x = self.spatial(x, text, bias)
         return x if self.temporal is None else self.temporal(x)
 
 # %% ../../nbs/models/layers.ipynb #layers-13
@@ -86,8 +101,8 @@ class Upsample(nn.Module):
 # %% ../../nbs/models/layers.ipynb #layers-17
 def skip_channels(
     widths: tuple,  # Channels of each level
-    n: int,         # Layers a level on the way down
-) -> list:          # In the order in which they are left
+    n: int,  # Layers a level on the way down
+) -> list:  # In the order in which they are left
     "Channels of what the way down leaves for the way up: by conv_in, then n layers and a downsampling a level; the last has none."
     return [widths[0], *(c for c in widths for _ in range(n + 1))][:-1]
 
@@ -106,7 +121,7 @@ def channels_in(
 
 # %% ../../nbs/models/layers.ipynb #layers-19
 def layer_arguments(
-    config  # Of `VersVideoUNet`
+    config,  # Of `VersVideoUNet`
 ) -> list:  # One dict a level
     "What every `Layer` of a level is made with; ValueError where an option does not have one entry a level."
     widths, levels = config.block_out_channels, config.attention_levels
@@ -114,15 +129,27 @@ def layer_arguments(
     temporal = levels if config.temporal_levels is None else config.temporal_levels
     for name, value in dict(attention_levels=levels, temporal_levels=temporal, head_dim=head_dim).items():
         if len(value) != len(widths):
-            raise ValueError(f"{name}={value} needs one entry for each of the {len(widths)} levels of block_out_channels={widths}")
-    common = dict(step_dim=4 * widths[0], text_dim=config.cross_attention_dim, experts=config.experts, norm_groups=config.norm_groups,
-                  temporal_attentions=config.temporal_attentions)
-    return [common | dict(channels=c, head_dim=d, spatial=s, temporal=t) for c, d, s, t in zip(widths, head_dim, levels, temporal, strict=True)]
+            raise ValueError(
+                f"{name}={value} needs one entry for each of the {len(widths)} levels of block_out_channels={widths}"
+            )
+    common = dict(
+        step_dim=4 * widths[0],
+        text_dim=config.cross_attention_dim,
+        experts=config.experts,
+        norm_groups=config.norm_groups,
+        temporal_attentions=config.temporal_attentions,
+    )
+    return [
+        common | dict(channels=c, head_dim=d, spatial=s, temporal=t)
+        for c, d, s, t in zip(widths, head_dim, levels, temporal, strict=True)
+    ]
 
 # %% ../../nbs/models/layers.ipynb #layers-20
 def layers_of(levels, inputs) -> nn.ModuleList:
     "The layers of each level, from their arguments and the channels that come into each."
-    return nn.ModuleList(nn.ModuleList(Layer(c, **level) for c in channels) for level, channels in zip(levels, inputs, strict=True))
+    return nn.ModuleList(
+        nn.ModuleList(Layer(c, **level) for c in channels) for level, channels in zip(levels, inputs, strict=True)
+    )
 
 # %% ../../nbs/models/layers.ipynb #layers-21
 def token_bias(token_weights, text):
@@ -133,17 +160,25 @@ def token_bias(token_weights, text):
 def check_inputs(config, sample, timestep, text, token_weights=None):
     "ValueError unless a UNet of this config takes them."
     if sample.ndim != 5 or sample.shape[1] != config.in_channels:
-        raise ValueError(f"sample has shape {tuple(sample.shape)}: expected `b c t h w` with c={config.in_channels}; an image has t=1")
+        raise ValueError(
+            f"sample has shape {tuple(sample.shape)}: expected `b c t h w` with c={config.in_channels}; an image has t=1"
+        )
     if text.ndim != 3 or len(text) != len(sample) or text.shape[2] != config.cross_attention_dim:
-        raise ValueError(f"encoder_hidden_states has shape {tuple(text.shape)}: expected `b n d` with b={len(sample)}, d={config.cross_attention_dim}")
+        raise ValueError(
+            f"encoder_hidden_states has shape {tuple(text.shape)}: expected `b n d` with b={len(sample)}, d={config.cross_attention_dim}"
+        )
     if token_weights is not None and token_weights.shape != text.shape[:2]:
-        raise ValueError(f"token_weights has shape {tuple(token_weights.shape)}: one number for each of the tokens is needed, {tuple(text.shape[:2])}")
+        raise ValueError(
+            f"token_weights has shape {tuple(token_weights.shape)}: one number for each of the tokens is needed, {tuple(text.shape[:2])}"
+        )
     entries = torch.as_tensor(timestep).numel()
-    if entries not in (1, len(sample)): raise ValueError(f"timestep has {entries} entries for {len(sample)} clips: give one, or one a clip")
+    if entries not in (1, len(sample)):
+        raise ValueError(f"timestep has {entries} entries for {len(sample)} clips: give one, or one a clip")
 
 # %% ../../nbs/models/layers.ipynb #layers-26
 class LayeredModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     "A network whose first half is that of the UNet: `time_proj`, `time_embedding`, `conv_in`, `down`, `downsample`, `middle`, `middle_out`."
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Layer"]
     _repeated_blocks = ["Layer"]
@@ -197,7 +232,9 @@ class LayeredModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     def merge_experts(self):
         "One plain feed-forward network in place of each set of experts, in place; the config says so from then on. ValueError where there is only one."
         if max(self.config.experts) == 1:
-            raise ValueError(f"experts={tuple(self.config.experts)}: nothing to merge, these experts were merged before or never more than one")
+            raise ValueError(
+                f"experts={tuple(self.config.experts)}: nothing to merge, these experts were merged before or never more than one"
+            )
         merge_experts(self)
         change_config(self, experts=(1, 1))
         return self

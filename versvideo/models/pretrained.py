@@ -21,31 +21,59 @@ from .sizes import SD15, SD21
 from .unet import VersVideoUNet
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-07
-DESCRIBED = {"in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
-             "attention_head_dim", "num_attention_heads", "cross_attention_dim", "norm_num_groups"}
-HARMLESS = {"sample_size", "use_linear_projection", "upcast_attention", "dropout"}   # nothing that the weights would show
+DESCRIBED = {
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "up_block_types",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "norm_num_groups",
+}
+HARMLESS = {
+    "sample_size",
+    "use_linear_projection",
+    "upcast_attention",
+    "dropout",
+}  # nothing that the weights would show
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-08
 def video_config(
-    image: dict  # Config of a `UNet2DConditionModel`
-) -> dict:       # Arguments of a `VersVideoUNet` of the same widths; ValueError for another family
+    image: dict,  # Config of a `UNet2DConditionModel`
+) -> dict:  # Arguments of a `VersVideoUNet` of the same widths; ValueError for another family
     "The VersVideo UNet that takes the weights of an image UNet."
     usual = inspect.signature(UNet2DConditionModel.__init__).parameters
     other = {k: v for k, v in image.items() if k in usual and k not in DESCRIBED | HARMLESS and v != usual[k].default}
     attend = tuple(kind == "CrossAttnDownBlock2D" for kind in image["down_block_types"])
-    blocks = [("CrossAttnDownBlock2D" if a else "DownBlock2D", "CrossAttnUpBlock2D" if a else "UpBlock2D") for a in attend]
+    blocks = [
+        ("CrossAttnDownBlock2D" if a else "DownBlock2D", "CrossAttnUpBlock2D" if a else "UpBlock2D") for a in attend
+    ]
     if list(zip(image["down_block_types"], reversed(image["up_block_types"]), strict=False)) != blocks:
         other |= {k: image[k] for k in ("down_block_types", "up_block_types")}
-    if not isinstance(image["layers_per_block"], int): other["layers_per_block"] = image["layers_per_block"]
-    if image["in_channels"] != image["out_channels"]: other["out_channels"] = image["out_channels"]
+    if not isinstance(image["layers_per_block"], int):
+        other["layers_per_block"] = image["layers_per_block"]
+    if image["in_channels"] != image["out_channels"]:
+        other["out_channels"] = image["out_channels"]
     if other:
-        raise ValueError(f"not a UNet of the Stable Diffusion 1.x or 2.x family: {other}; take a text-to-image model of that family")
+        raise ValueError(
+            f"not a UNet of the Stable Diffusion 1.x or 2.x family: {other}; take a text-to-image model of that family"
+        )
     heads = image["num_attention_heads"] or image["attention_head_dim"]
     widths = tuple(image["block_out_channels"])
-    if isinstance(heads, int): heads = (heads,) * len(widths)
-    return dict(in_channels=image["in_channels"], block_out_channels=widths, layers_per_block=image["layers_per_block"],
-                attention_levels=attend, head_dim=tuple(c // n for c, n in zip(widths, heads, strict=True)),
-                cross_attention_dim=image["cross_attention_dim"], norm_groups=image["norm_num_groups"])
+    if isinstance(heads, int):
+        heads = (heads,) * len(widths)
+    return dict(
+        in_channels=image["in_channels"],
+        block_out_channels=widths,
+        layers_per_block=image["layers_per_block"],
+        attention_levels=attend,
+        head_dim=tuple(c // n for c, n in zip(widths, heads, strict=True)),
+        cross_attention_dim=image["cross_attention_dim"],
+        norm_groups=image["norm_num_groups"],
+    )
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-13
 IMAGE_NAMES = {
@@ -91,73 +119,95 @@ def translate(
 @dataclass(frozen=True)
 class Report:
     "What became of every key when weights were loaded."
-    mapped: dict   # Key of the other model to key of the video model
+
+    mapped: dict  # Key of the other model to key of the video model
     computed: list  # Keys of the other model that the video model computes instead
-    kept: list     # Keys of the video model that nothing was loaded into
+    kept: list  # Keys of the video model that nothing was loaded into
 
     def rows(self):
         "For `show_table`: the number of keys and an example of each kind."
-        example = {"mapped": " → ".join(next(iter(self.mapped.items()))), "computed": self.computed[:1], "kept": self.kept[:1]}
-        return [dict(kind=k, keys=len(getattr(self, k)), example=e if isinstance(e, str) else "".join(e)) for k, e in example.items()]
+        example = {
+            "mapped": " → ".join(next(iter(self.mapped.items()))),
+            "computed": self.computed[:1],
+            "kept": self.kept[:1],
+        }
+        return [
+            dict(kind=k, keys=len(getattr(self, k)), example=e if isinstance(e, str) else "".join(e))
+            for k, e in example.items()
+        ]
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-19
 @torch.no_grad()
 def load_translated(
-    unet: VersVideoUNet,       # Changed in place
-    weights: dict,             # State of the other model
-    rules: dict,               # Its names
-    computed: str = r"(?!)",   # Pattern of keys that need no place
+    unet: VersVideoUNet,  # Changed in place
+    weights: dict,  # State of the other model
+    rules: dict,  # Its names
+    computed: str = r"(?!)",  # Pattern of keys that need no place
 ) -> Report:
     "Copy weights under translated names; ValueError, with nothing copied, where one has no place or another shape."
     mine, mapped, values, wrong = unet.state_dict(), {}, {}, []
     for key, value in weights.items():
-        if re.search(computed, key): continue
+        if re.search(computed, key):
+            continue
         name = translate(key, rules)
         if name not in mine:
             wrong.append(f"{key} has no place")
             continue
         place = mine[name]
-        if value.ndim == place.ndim + 2 and value.shape[2:] == (1, 1): value = value[:, :, 0, 0]
+        if value.ndim == place.ndim + 2 and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]
         stacked = ".experts." in name and place.ndim == value.ndim + 1
-        if value.shape != (place.shape[:1] + place.shape[2:] if stacked else place.shape):   # `out e in`
+        if value.shape != (place.shape[:1] + place.shape[2:] if stacked else place.shape):  # `out e in`
             wrong.append(f"{key} is {tuple(value.shape)}, the video model has {tuple(place.shape)}")
         mapped[key], values[name] = name, value[:, None] if stacked else value
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(weights)} weights do not fit this UNet: {'; '.join(wrong[:3])}; make one that does with "
-                         "VersVideoUNet(**video_config(...)) or, for a motion adapter, adapter_config(...)")
-    for name, value in values.items(): mine[name].copy_(value)
+        raise ValueError(
+            f"{len(wrong)} of {len(weights)} weights do not fit this UNet: {'; '.join(wrong[:3])}; make one that does with "
+            "VersVideoUNet(**video_config(...)) or, for a motion adapter, adapter_config(...)"
+        )
+    for name, value in values.items():
+        mine[name].copy_(value)
     return Report(mapped, [k for k in weights if k not in mapped], [n for n in mine if n not in mapped.values()])
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-20
 def pretrained(kind, source, **where):
     "The model itself, or read from a folder or a hub id; safetensors only."
-    if isinstance(source, kind): return source
-    if (Path(source) / "config.json").exists(): where = {}
-    try: return kind.from_pretrained(source, use_safetensors=True, **where)
+    if isinstance(source, kind):
+        return source
+    if (Path(source) / "config.json").exists():
+        where = {}
+    try:
+        return kind.from_pretrained(source, use_safetensors=True, **where)
     except OSError as error:
-        raise FileNotFoundError(f"{source} holds no {kind.__name__} as safetensors, here or on the hub ({error}): give its folder or its hub id") from error
+        raise FileNotFoundError(
+            f"{source} holds no {kind.__name__} as safetensors, here or on the hub ({error}): give its folder or its hub id"
+        ) from error
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-21
 def load_image_unet(
-    unet: VersVideoUNet,                        # Changed in place
-    image: UNet2DConditionModel | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
+    unet: VersVideoUNet,  # Changed in place
+    image: UNet2DConditionModel | str | Path,  # The model, its folder, or the folder or hub id of its pipeline
 ) -> Report:
     "Load an image UNet of the same widths: from then on each frame is treated exactly as the image UNet treats an image."
     image = pretrained(UNet2DConditionModel, image, subfolder="unet")
     for name, value in video_config(image.config).items():
         mine = getattr(unet.config, name)
-        if name == "head_dim" and isinstance(mine, int): mine = (mine,) * len(value)
-        if name in ("head_dim", "attention_levels", "block_out_channels"): mine = tuple(mine)
+        if name == "head_dim" and isinstance(mine, int):
+            mine = (mine,) * len(value)
+        if name in ("head_dim", "attention_levels", "block_out_channels"):
+            mine = tuple(mine)
         if mine != value:
-            raise ValueError(f"the image UNet has {name}={value}, the video UNet {mine}: make one that fits with "
-                             "VersVideoUNet(**video_config(image.config))")
+            raise ValueError(
+                f"the image UNet has {name}={value}, the video UNet {mine}: make one that fits with "
+                "VersVideoUNet(**video_config(image.config))"
+            )
     return load_translated(unet, image.state_dict(), IMAGE_NAMES)
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-31
 def adapter_config(
-    image: dict,    # Config of a `UNet2DConditionModel`
+    image: dict,  # Config of a `UNet2DConditionModel`
     adapter: dict,  # Config of a `MotionAdapter`
-) -> dict:          # Arguments of a `VersVideoUNet`; ValueError where the two do not fit
+) -> dict:  # Arguments of a `VersVideoUNet`; ValueError where the two do not fit
     "The VersVideo UNet that takes an image UNet and a motion adapter."
     config = video_config(image)
     levels = len(config["block_out_channels"])
@@ -167,25 +217,33 @@ def adapter_config(
         block_out_channels=(tuple(adapter["block_out_channels"]), config["block_out_channels"]),
         motion_layers_per_block=(every(adapter["motion_layers_per_block"]), every(config["layers_per_block"])),
         motion_transformer_layers_per_block=(every(adapter["motion_transformer_layers_per_block"]), every(1)),
-        motion_num_attention_heads=(heads, tuple(c // d for c, d in zip(config["block_out_channels"], config["head_dim"], strict=True))),
+        motion_num_attention_heads=(
+            heads,
+            tuple(c // d for c, d in zip(config["block_out_channels"], config["head_dim"], strict=True)),
+        ),
         motion_norm_num_groups=(adapter["motion_norm_num_groups"], config["norm_groups"]),
         motion_mid_block_layers_per_block=(adapter["motion_mid_block_layers_per_block"], 1),
         motion_transformer_layers_per_mid_block=(adapter["motion_transformer_layers_per_mid_block"], 1),
-        conv_in_channels=(adapter["conv_in_channels"], None))
+        conv_in_channels=(adapter["conv_in_channels"], None),
+    )
     wrong = {name: value for name, (value, fits) in wanted.items() if value != fits}
-    if wrong: raise ValueError(f"this motion adapter does not fit the image UNet: {wrong}; here it must be { {n: wanted[n][1] for n in wrong} }")
+    if wrong:
+        raise ValueError(
+            f"this motion adapter does not fit the image UNet: {wrong}; here it must be { {n: wanted[n][1] for n in wrong} }"
+        )
     return config | dict(temporal_levels=(True,) * levels, temporal_attentions=2)
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-32
 def load_motion_adapter(
-    unet: VersVideoUNet,                  # Changed in place
+    unet: VersVideoUNet,  # Changed in place
     adapter: MotionAdapter | str | Path,  # The model, its folder or its hub id
 ) -> Report:
     "Load the temporal transformers of a motion adapter (AnimateDiff); their tokens carry no frame numbers of their own (`position_gain` 0)."
     weights = pretrained(MotionAdapter, adapter).state_dict()
     report = load_translated(unet, weights, ADAPTER_NAMES, computed=r"\.pos_embed\.pe$")
     for name in report.mapped.values():
-        if name.endswith(".temporal.proj_in.weight"): nn.init.zeros_(unet.get_submodule(name.removesuffix(".proj_in.weight")).position_gain)
+        if name.endswith(".temporal.proj_in.weight"):
+            nn.init.zeros_(unet.get_submodule(name.removesuffix(".proj_in.weight")).position_gain)
     return report
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-37
@@ -202,22 +260,33 @@ def is_video_unet(
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-38
 def load_video_unet(
-    unet: VersVideoUNet,                 # Changed in place
-    video: VersVideoUNet | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
+    unet: VersVideoUNet,  # Changed in place
+    video: VersVideoUNet | str | Path,  # The model, its folder, or the folder or hub id of its pipeline
 ) -> Report:
     "Load a trained video model of the same widths, ValueError for others; where it has one expert and this one several, each of them starts as a copy."
     video = pretrained(VersVideoUNet, video, subfolder="unet")
     plain = lambda value: list(value) if isinstance(value, (list, tuple)) else value
-    for name in ("in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels", "temporal_attentions", "head_dim", "cross_attention_dim"):
+    for name in (
+        "in_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "attention_levels",
+        "temporal_levels",
+        "temporal_attentions",
+        "head_dim",
+        "cross_attention_dim",
+    ):
         if plain(video.config[name]) != plain(unet.config[name]):
-            raise ValueError(f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: choose the size that it was trained at")
+            raise ValueError(
+                f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: choose the size that it was trained at"
+            )
     return load_translated(unet, video.state_dict(), {})
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-39
 def load_init(
     unet: VersVideoUNet,  # Changed in place
-    init: str,            # `IMAGE`, `IMAGE+ADAPTER` or a trained video model: each a folder, a hub id or a name in `HUB`
-) -> dict:                # Report of each
+    init: str,  # `IMAGE`, `IMAGE+ADAPTER` or a trained video model: each a folder, a hub id or a name in `HUB`
+) -> dict:  # Report of each
     "Load what a training run starts from."
     image, _, adapter = (HUB.get(part, part) for part in init.partition("+"))
     reports = {image: (load_video_unet if is_video_unet(image) else load_image_unet)(unet, image)}

@@ -16,11 +16,12 @@ from .unet import VersVideoUNet
 @dataclass(frozen=True)
 class Size:
     "One size of VersVideo: the UNet's config, the clip in pixels, and where the autoencoder and the text encoder come from."
-    unet: dict    # Arguments of VersVideoUNet
-    frames: int   # Frames of a clip
-    height: int   # Pixels
-    width: int    # Pixels
-    base: str     # Hub id of the image model, or the name of an embedded size
+
+    unet: dict  # Arguments of VersVideoUNet
+    frames: int  # Frames of a clip
+    height: int  # Pixels
+    width: int  # Pixels
+    base: str  # Hub id of the image model, or the name of an embedded size
 
     def latent(self, factor: int = 8) -> tuple:
         "`(t, h, w)` of the latents."
@@ -39,8 +40,19 @@ SIZES = {
     "smoke": Size(tower((16, 32), head_dim=16, experts=(2, 2), **EMBEDDED), 4, 32, 32, "XS"),
     "XS": Size(tower((64, 96, 96), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
     "S": Size(tower((64, 128, 256, 256), head_dim=32, cross_attention_dim=768), 16, 128, 128, SD15),
-    "SD15": Size(tower((320, 640, 1280, 1280), head_dim=(40, 80, 160, 160), cross_attention_dim=768, temporal_levels=(True,) * 4,
-                       temporal_attentions=2), 16, 512, 512, SD15),
+    "SD15": Size(
+        tower(
+            (320, 640, 1280, 1280),
+            head_dim=(40, 80, 160, 160),
+            cross_attention_dim=768,
+            temporal_levels=(True,) * 4,
+            temporal_attentions=2,
+        ),
+        16,
+        512,
+        512,
+        SD15,
+    ),
     "L": Size(tower((160, 320, 640, 640), head_dim=32, cross_attention_dim=768), 16, 256, 256, SD15),
     "H": Size(tower((320, 640, 1280, 1280), head_dim=64, cross_attention_dim=1024), 24, 320, 576, SD21),
 }

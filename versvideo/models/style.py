@@ -16,12 +16,13 @@ from .text import embed_frames
 # %% ../../nbs/models/style.ipynb #style-05
 class StyleAdapter(ModelMixin, ConfigMixin):
     "A linear map from the CLIP embedding of a picture, `b e`, to style tokens, `b n d` (paper 2.4)."
+
     @register_to_config
     def __init__(
         self,
-        embedding_dim: int = 128,        # e
+        embedding_dim: int = 128,  # e
         cross_attention_dim: int = 128,  # d
-        tokens: int = 4,                 # n
+        tokens: int = 4,  # n
     ):
         super().__init__()
         self.linear = nn.Linear(embedding_dim, tokens * cross_attention_dim)
@@ -30,18 +31,21 @@ class StyleAdapter(ModelMixin, ConfigMixin):
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         "Tokens for embeddings of length 1; ValueError for another shape."
         e = self.config.embedding_dim
-        if embedding.ndim != 2 or embedding.shape[1] != e: raise ValueError(f"embedding has shape {tuple(embedding.shape)}: expected `b e` with e={e}")
+        if embedding.ndim != 2 or embedding.shape[1] != e:
+            raise ValueError(f"embedding has shape {tuple(embedding.shape)}: expected `b e` with e={e}")
         return self.linear(embedding.to(self.dtype) * e**0.5).unflatten(1, (self.config.tokens, -1))
 
 # %% ../../nbs/models/style.ipynb #style-06
 def join_tokens(
-    text: torch.Tensor,             # `b n d`
-    style: torch.Tensor,            # `b m d`
-    scale: float | torch.Tensor,    # Strength of the style, one or one a row
-) -> tuple:                         # Tokens `b n+m d`, their weights `b n+m`
+    text: torch.Tensor,  # `b n d`
+    style: torch.Tensor,  # `b m d`
+    scale: float | torch.Tensor,  # Strength of the style, one or one a row
+) -> tuple:  # Tokens `b n+m d`, their weights `b n+m`
     "Style tokens behind those of the text."
     strength = torch.as_tensor(scale, dtype=torch.float32, device=text.device).expand(len(text))
-    weights = torch.cat([text.new_ones(text.shape[:2]), strength[:, None].to(text.dtype).expand(style.shape[:2])], dim=1)
+    weights = torch.cat(
+        [text.new_ones(text.shape[:2]), strength[:, None].to(text.dtype).expand(style.shape[:2])], dim=1
+    )
     return torch.cat([text, style.to(text)], dim=1), weights
 
 # %% ../../nbs/models/style.ipynb #style-07

@@ -85,14 +85,14 @@ def encode_text(
 def preprocess_frames(
     clips: torch.Tensor,  # `b 3 t h w`, uint8 in [0, 255] or float in [-1, 1]
     image: int,  # Edge of the square the vision tower sees
-    normal: tuple | None = None,  # Mean and deviation of each channel of what it learned from, in [0, 1]; None: 0.5 and 0.5, as ours
+    normal: tuple
+    | None = None,  # Mean and deviation of each channel of what it learned from, in [0, 1]; None: 0.5 and 0.5, as ours
 ) -> torch.Tensor:  # `b 3 t image image`, float32, (x - mean) / deviation for x in [0, 1]
     "Resize the shorter edge, cut the centre, normalise. ValueError or TypeError for other tensors."
     if clips.ndim != 5 or clips.shape[1] != 3:
         raise ValueError(f"clips has shape {tuple(clips.shape)}: give `b 3 t h w`")
     if clips.dtype != torch.uint8 and not clips.is_floating_point():
-        raise TypeError(f"clips has dtype {clips.dtype}: "
-                        "give uint8 in [0, 255] or float in [-1, 1]")
+        raise TypeError(f"clips has dtype {clips.dtype}: give uint8 in [0, 255] or float in [-1, 1]")
     x = clips / 127.5 - 1 if clips.dtype == torch.uint8 else clips.float()
     b, _, _, h, w = x.shape
     x = rearrange(x, "b c t h w -> (b t) c h w")
@@ -100,7 +100,7 @@ def preprocess_frames(
         size = [edge * image // min(h, w) for edge in (h, w)]
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (x.shape[2] - image) // 2, (x.shape[3] - image) // 2
-    x = x[:, :, top:top + image, left:left + image]
+    x = x[:, :, top : top + image, left : left + image]
     if normal:
         mean, deviation = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in normal)
         x = (x / 2 + 0.5 - mean) / deviation
@@ -153,9 +153,12 @@ def join_clip(
 ) -> CLIPModel:
     "Both towers as one model, to train on; the scale of the similarities starts anew."
     text, vision = text_encoder.config, image_encoder.config
-    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim))
+    clip = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=text.projection_dim)
+    )
     lost = clip.load_state_dict({**text_encoder.state_dict(), **image_encoder.state_dict()}, strict=False)
-    if lost.missing_keys != ["logit_scale"] or lost.unexpected_keys: raise ValueError(f"these towers do not make a CLIP: {lost}")
+    if lost.missing_keys != ["logit_scale"] or lost.unexpected_keys:
+        raise ValueError(f"these towers do not make a CLIP: {lost}")
     return clip
 
 # %% ../../nbs/models/text.ipynb #text-32

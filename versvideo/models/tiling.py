@@ -13,14 +13,17 @@ import torch
 
 # %% ../../nbs/models/tiling.ipynb #tiling-05
 def windows(
-    total: int,    # Frames, or rows, or columns
-    size: int,     # Of a window
+    total: int,  # Frames, or rows, or columns
+    size: int,  # Of a window
     overlap: int,  # Of neighbouring windows, at least
-) -> list:         # (start, stop) to read and (first, last) to keep, for each
+) -> list:  # (start, stop) to read and (first, last) to keep, for each
     "As few windows of at most that size as make up the whole, all of one size and evenly spread; neighbours share at least the overlap."
-    if size < 1: raise ValueError(f"windows of {size}: choose at least 1")
-    if not 0 <= overlap < size: raise ValueError(f"overlap={overlap} of windows of {size}: choose one from 0 to {size - 1}, or larger windows")
-    if total <= size: return [((0, total), (0, total))]
+    if size < 1:
+        raise ValueError(f"windows of {size}: choose at least 1")
+    if not 0 <= overlap < size:
+        raise ValueError(f"overlap={overlap} of windows of {size}: choose one from 0 to {size - 1}, or larger windows")
+    if total <= size:
+        return [((0, total), (0, total))]
     count = -((overlap - total) // (size - overlap))
     size = -((overlap - count * overlap - total) // count)
     starts = [i * (total - size) // (count - 1) for i in range(count)]
@@ -43,22 +46,32 @@ def ramp(n, overlap, first, last):
     "Weights of the n rows of a tile: rising over the overlap at its start and falling at its end, but not at the borders of the picture."
     rise = torch.arange(1, n + 1) / (overlap + 1)
     weights = torch.ones(n)
-    if not first: weights = torch.minimum(weights, rise)
-    if not last: weights = torch.minimum(weights, rise.flip(0))
+    if not first:
+        weights = torch.minimum(weights, rise)
+    if not last:
+        weights = torch.minimum(weights, rise.flip(0))
     return weights
 
 # %% ../../nbs/models/tiling.ipynb #tiling-08
 def in_tiles(decode, z, size, overlap):
     "A video decoded in tiles, their overlaps blended."
     h, w = z.shape[3:]
-    if max(h, w) <= size: return decode(z)
+    if max(h, w) <= size:
+        return decode(z)
     video = total = None
     for (top, bottom), _ in windows(h, size, overlap):
         for (left, right), _ in windows(w, size, overlap):
             part = decode(z[..., top:bottom, left:right])
             scale = part.shape[3] // (bottom - top)
-            if video is None: video, total = part.new_zeros(*part.shape[:3], h * scale, w * scale), part.new_zeros(h * scale, w * scale)
-            weight = torch.outer(ramp(part.shape[3], overlap * scale, top == 0, bottom == h), ramp(part.shape[4], overlap * scale, left == 0, right == w)).to(part)
+            if video is None:
+                video, total = (
+                    part.new_zeros(*part.shape[:3], h * scale, w * scale),
+                    part.new_zeros(h * scale, w * scale),
+                )
+            weight = torch.outer(
+                ramp(part.shape[3], overlap * scale, top == 0, bottom == h),
+                ramp(part.shape[4], overlap * scale, left == 0, right == w),
+            ).to(part)
             here = ..., slice(top * scale, bottom * scale), slice(left * scale, right * scale)
             video[here] += weight * part
             total[here] += weight
@@ -67,9 +80,11 @@ def in_tiles(decode, z, size, overlap):
 # %% ../../nbs/models/tiling.ipynb #tiling-11
 def with_arguments_of(function):
     "Decorate an `__init__` that has `**kwargs`: its signature, which `register_to_config` reads, shows the arguments of `function` in their place."
+
     def decorate(init):
         own = [p for p in inspect.signature(init).parameters.values() if p.kind != p.VAR_KEYWORD]
         passed = list(inspect.signature(function).parameters.values())[1:]
         init.__signature__ = inspect.Signature(own + [p.replace(kind=p.KEYWORD_ONLY) for p in passed])
         return init
+
     return decorate

@@ -30,20 +30,21 @@ class UNetOutput(BaseOutput):
 # %% ../../nbs/models/unet.ipynb #unet-07
 class VersVideoUNet(LayeredModel):
     "The denoising UNet of VersVideo (paper 2.2): noise `b c t h w` from a noisy latent clip, its diffusion step and the text tokens."
+
     @register_to_config
     def __init__(
         self,
-        in_channels: int = 4,                        # Channels of the latents
-        block_out_channels: tuple = (64, 128),       # Channels of each level
-        layers_per_block: int = 1,                   # Layers a level on the way down; one more on the way up
-        attention_levels: tuple = (True, True),      # Which levels have the transformers (the middle always has)
-        head_dim: int | tuple = 32,                  # Width of an attention head, or one for each level
-        cross_attention_dim: int = 128,              # Width of the text tokens
-        experts: tuple = (4, 4),                     # N spatial, M temporal
-        norm_groups: int = 32,                       # Groups of every group norm
-        sample_size: tuple = (16, 8, 8),             # Latent frames, height, width it was made for; not a limit
-        temporal_levels: tuple | None = None,        # Which levels have the temporal transformer; None: attention_levels
-        temporal_attentions: int = 1,                # Self-attentions of a temporal transformer
+        in_channels: int = 4,  # Channels of the latents
+        block_out_channels: tuple = (64, 128),  # Channels of each level
+        layers_per_block: int = 1,  # Layers a level on the way down; one more on the way up
+        attention_levels: tuple = (True, True),  # Which levels have the transformers (the middle always has)
+        head_dim: int | tuple = 32,  # Width of an attention head, or one for each level
+        cross_attention_dim: int = 128,  # Width of the text tokens
+        experts: tuple = (4, 4),  # N spatial, M temporal
+        norm_groups: int = 32,  # Groups of every group norm
+        sample_size: tuple = (16, 8, 8),  # Latent frames, height, width it was made for; not a limit
+        temporal_levels: tuple | None = None,  # Which levels have the temporal transformer; None: attention_levels
+        temporal_attentions: int = 1,  # Self-attentions of a temporal transformer
     ):
         super().__init__()
         widths = block_out_channels
@@ -57,20 +58,23 @@ class VersVideoUNet(LayeredModel):
 
     def forward(
         self,
-        sample: torch.Tensor,                 # Noisy latents, `b c t h w`; an image has t == 1
-        timestep: torch.Tensor | int,         # Diffusion step, one or one a clip
+        sample: torch.Tensor,  # Noisy latents, `b c t h w`; an image has t == 1
+        timestep: torch.Tensor | int,  # Diffusion step, one or one a clip
         encoder_hidden_states: torch.Tensor,  # Text tokens, `b n d`
-        return_dict: bool = True,             # False gives a tuple
+        return_dict: bool = True,  # False gives a tuple
         token_weights: torch.Tensor | None = None,  # `b n`, how much each token counts: 1 as it does, 0 not at all
-        down_block_additional_residuals: tuple | None = None,      # Added to what the way up meets; a ControlNet's, as diffusers calls them
+        down_block_additional_residuals: tuple
+        | None = None,  # Added to what the way up meets; a ControlNet's, as diffusers calls them
         mid_block_additional_residual: torch.Tensor | None = None,  # Added to what comes out of the middle
     ):
         text = encoder_hidden_states
         check_inputs(self.config, sample, timestep, text, token_weights)
         step, bias = self.embed_step(sample, timestep), token_bias(token_weights, text)
         x, skips = self.go_down(sample, step, text, bias)
-        if mid_block_additional_residual is not None: x = x + mid_block_additional_residual
-        if down_block_additional_residuals is not None: skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+        if down_block_additional_residuals is not None:
+            skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
         for level, layers in enumerate(self.up):
             for layer in layers:
                 x = self._run(layer, torch.cat([x, skips.pop()], dim=1), step, text, bias)

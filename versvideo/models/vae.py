@@ -32,7 +32,8 @@ from diffusers import ModelMixin  # noqa: F401
 # %% ../../nbs/models/vae.ipynb #vae-10
 class TemporalCompensation(nn.Module):
     "Temporal compensation module (TCM): adds what a MEC finds across frames to the features of a decoder level; `b c t h w` to the same shape."
-    reach = 2   # Frames before and after that a frame depends on: shift, then a temporal kernel of 3
+
+    reach = 2  # Frames before and after that a frame depends on: shift, then a temporal kernel of 3
 
     def __init__(self, channels, norm_groups=32):
         super().__init__()
@@ -41,14 +42,19 @@ class TemporalCompensation(nn.Module):
         nn.init.zeros_(self.mec.spatial.weight)
         nn.init.zeros_(self.mec.spatial.bias)
 
-    def forward(self, x): return x + self.mec(F.silu(per_frame(self.norm, x)))
+    def forward(self, x):
+        return x + self.mec(F.silu(per_frame(self.norm, x)))
 
 # %% ../../nbs/models/vae.ipynb #vae-15
 class RefinementUNet(nn.Module):
     "Adds to decoded frames what the decoder left out; `n c h w` to the same shape (paper 2.3)."
+
     def __init__(self, image_channels=3, channels=(32, 64), norm_groups=8):
         super().__init__()
-        if len(channels) != 2 or any(c % norm_groups for c in channels): raise ValueError(f"refinement_channels={tuple(channels)}: give two multiples of {norm_groups}, or None for no refinement")
+        if len(channels) != 2 or any(c % norm_groups for c in channels):
+            raise ValueError(
+                f"refinement_channels={tuple(channels)}: give two multiples of {norm_groups}, or None for no refinement"
+            )
         fine, coarse = channels
         block = lambda c: ResnetBlock2D(in_channels=c, temb_channels=None, groups=norm_groups)
         self.conv_in = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
@@ -72,7 +78,10 @@ def check_blocks(config):
     "ValueError for an autoencoder whose levels are not residual blocks alone."
     for name, wanted in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         others = sorted(set(config[name]) - {wanted})
-        if others: raise ValueError(f"{name} has {', '.join(others)}: TCMs go into autoencoders whose levels are all {wanted}, as Stable Diffusion's")
+        if others:
+            raise ValueError(
+                f"{name} has {', '.join(others)}: TCMs go into autoencoders whose levels are all {wanted}, as Stable Diffusion's"
+            )
 
 # %% ../../nbs/models/vae.ipynb #vae-20
 def to_clips(frames, b):
@@ -86,20 +95,25 @@ def to_frames(clips):
 
 # %% ../../nbs/models/vae.ipynb #vae-22
 def as_clips(
-    z: torch.Tensor,         # `b c t h w`, or `(b t) c h w`
+    z: torch.Tensor,  # `b c t h w`, or `(b t) c h w`
     num_frames: int | None,  # t; None: of a batch of frames, all
-    channels: int,           # c
-) -> torch.Tensor:           # `b c t h w`
+    channels: int,  # c
+) -> torch.Tensor:  # `b c t h w`
     "Latents as clips; ValueError where they can be none."
     if z.ndim not in (4, 5) or z.shape[1] != channels:
         raise ValueError(f"z has shape {tuple(z.shape)}: give `b c t h w`, or frames `(b t) c h w`, with c={channels}")
-    if 0 in z.shape: raise ValueError(f"z has shape {tuple(z.shape)}: give at least one frame of one clip")
-    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral)): raise TypeError(f"num_frames={num_frames!r}: give a whole number")
+    if 0 in z.shape:
+        raise ValueError(f"z has shape {tuple(z.shape)}: give at least one frame of one clip")
+    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, Integral)):
+        raise TypeError(f"num_frames={num_frames!r}: give a whole number")
     if z.ndim == 5:
-        if num_frames not in (None, z.shape[2]): raise ValueError(f"num_frames={num_frames}, but z has {z.shape[2]} frames: leave num_frames out")
+        if num_frames not in (None, z.shape[2]):
+            raise ValueError(f"num_frames={num_frames}, but z has {z.shape[2]} frames: leave num_frames out")
         return z
-    if num_frames is None: num_frames = len(z)
-    if num_frames < 1 or len(z) % num_frames: raise ValueError(f"num_frames={num_frames} does not divide the {len(z)} frames of z")
+    if num_frames is None:
+        num_frames = len(z)
+    if num_frames < 1 or len(z) % num_frames:
+        raise ValueError(f"num_frames={num_frames} does not divide the {len(z)} frames of z")
     return to_clips(z, len(z) // num_frames)
 
 # %% ../../nbs/models/vae.ipynb #vae-23
@@ -127,57 +141,72 @@ def compensated_level(block, tcm, x, b):
 # %% ../../nbs/models/vae.ipynb #vae-25
 def decode_features(
     vae: AutoencoderKL,  # A `TCMVAE`
-    z: torch.Tensor,     # Clips `b c t h w`
-) -> tuple:              # Video, decoded in one piece; what left the TCM of each level as `(b t) c h w`, the smallest first
+    z: torch.Tensor,  # Clips `b c t h w`
+) -> tuple:  # Video, decoded in one piece; what left the TCM of each level as `(b t) c h w`, the smallest first
     "A TCM-VAE's video, and F_A of equation (9)."
     b, features, decoder = len(z), [], vae.decoder
     checkpoint = decoder.gradient_checkpointing and torch.is_grad_enabled()
     x = to_frames(z)
-    if vae.post_quant_conv is not None: x = vae.post_quant_conv(x)
+    if vae.post_quant_conv is not None:
+        x = vae.post_quant_conv(x)
     x = decoder.mid_block(decoder.conv_in(x))
     for block, tcm in zip(decoder.up_blocks, vae.tcm, strict=True):
         level = (block, tcm, x, b)
         x = decoder._gradient_checkpointing_func(compensated_level, *level) if checkpoint else compensated_level(*level)
         features.append(x)
-        for upsample in block.upsamplers or (): x = upsample(x)
+        for upsample in block.upsamplers or ():
+            x = upsample(x)
     x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
     return to_clips(vae.refinement(x), b), features
 
 # %% ../../nbs/models/vae.ipynb #vae-26
 class TCMVAE(AutoencoderKL):
     "An image autoencoder with a decoder that knows of time (paper 2.3, Figure 3). Arguments beyond its own are those of `AutoencoderKL`."
+
     @register_to_config
     @with_arguments_of(AutoencoderKL.__init__)
     def __init__(
-        self, *,
-        compensation: bool = True,                       # Whether there are TCMs
-        refinement_channels: tuple | None = (32, 64),    # Of the two levels of the refinement UNet; None: no such net
+        self,
+        *,
+        compensation: bool = True,  # Whether there are TCMs
+        refinement_channels: tuple | None = (32, 64),  # Of the two levels of the refinement UNet; None: no such net
         **image_vae,
     ):
         super().__init__(**image_vae)
         check_blocks(self.config)
         widths, groups = reversed(self.config.block_out_channels), self.config.norm_num_groups
         self.tcm = nn.ModuleList(TemporalCompensation(c, groups) if compensation else nn.Identity() for c in widths)
-        self.refinement = RefinementUNet(self.config.out_channels, refinement_channels) if refinement_channels else nn.Identity()
+        self.refinement = (
+            RefinementUNet(self.config.out_channels, refinement_channels) if refinement_channels else nn.Identity()
+        )
         self.set_windows()
 
     @classmethod
     def from_image_vae(cls, vae: AutoencoderKL, **options):
         "Around an image autoencoder; until it is trained it decodes what that decodes, bit for bit."
-        if type(vae) is not AutoencoderKL: raise ValueError(f"vae is {type(vae).__name__}: a TCM-VAE is built around an AutoencoderKL")
+        if type(vae) is not AutoencoderKL:
+            raise ValueError(f"vae is {type(vae).__name__}: a TCM-VAE is built around an AutoencoderKL")
         known = inspect.signature(AutoencoderKL.__init__).parameters
         model = cls(**{k: v for k, v in plain_config(vae).items() if k in known} | options)
         model.to(vae.device)
-        if vae.dtype != model.dtype: model.to(vae.dtype)
+        if vae.dtype != model.dtype:
+            model.to(vae.dtype)
         model.load_state_dict(model.state_dict() | vae.state_dict())
         return model.train(vae.training)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options):
         "As of diffusers; ValueError for an image autoencoder, which has no such decoder yet."
-        where = {k: options[k] for k in ("subfolder", "cache_dir", "revision", "token", "local_files_only", "force_download", "proxies") if k in options}
+        where = {
+            k: options[k]
+            for k in ("subfolder", "cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
+            if k in options
+        }
         kind = cls.load_config(folder, **where).get("_class_name")
-        if kind != cls.__name__: raise ValueError(f"{folder} holds a model of class {kind}: build a TCM-VAE around it with TCMVAE.from_image_vae(AutoencoderKL.from_pretrained(...)), and train it with nbs/21_train_vae.ipynb")
+        if kind != cls.__name__:
+            raise ValueError(
+                f"{folder} holds a model of class {kind}: build a TCM-VAE around it with TCMVAE.from_image_vae(AutoencoderKL.from_pretrained(...)), and train it with nbs/21_train_vae.ipynb"
+            )
         return super().from_pretrained(folder, **options)
 
     @property
@@ -193,27 +222,35 @@ class TCMVAE(AutoencoderKL):
     def freeze_encoder(self):
         "Encoder and latents stay what they are; the rest learns."
         for part in (self.encoder, self.quant_conv):
-            if part is not None: part.requires_grad_(False)
+            if part is not None:
+                part.requires_grad_(False)
 
     @apply_forward_hook
     def decode(
         self,
-        z: torch.Tensor,                # Latents as the image autoencoder's, `b c t h w` or `(b t) c h w`
+        z: torch.Tensor,  # Latents as the image autoencoder's, `b c t h w` or `(b t) c h w`
         num_frames: int | None = None,  # t of `(b t) c h w`; None: all are of one clip
-        return_dict: bool = True,       # False gives a tuple
-        generator=None,                 # Not used, as in AutoencoderKL
-        window: int | None = None,      # Frames decoded at once, a quarter of them shared at most; None: see `set_windows`
+        return_dict: bool = True,  # False gives a tuple
+        generator=None,  # Not used, as in AutoencoderKL
+        window: int | None = None,  # Frames decoded at once, a quarter of them shared at most; None: see `set_windows`
     ):
         """Pixels, about [-1, 1], in the layout of z.
 
         Frames of other clips in one call are taken for neighbours: AnimateDiff wants `decode_chunk_size=num_frames`. What short calls, windows and tiles change has a bound in tests/test_vae.py."""
         clips = as_clips(z, num_frames, self.config.latent_channels)
-        size, overlap = (self.window_frames, self.window_overlap) if window is None else (window, min(self.window_overlap, window // 4))
+        size, overlap = (
+            (self.window_frames, self.window_overlap)
+            if window is None
+            else (window, min(self.window_overlap, window // 4))
+        )
         tile = max(self.tile_latent_min_size, 1)
         whole = lambda z: decode_features(self, z)[0]
-        tiled = lambda z: in_tiles(whole, z, tile, int(tile * self.tile_overlap_factor)) if self.use_tiling else whole(z)
+        tiled = lambda z: (
+            in_tiles(whole, z, tile, int(tile * self.tile_overlap_factor)) if self.use_tiling else whole(z)
+        )
         video = torch.cat([in_windows(tiled, clip, size, overlap) for clip in clips.split(1)])
-        if z.ndim == 4: video = to_frames(video)
+        if z.ndim == 4:
+            video = to_frames(video)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     def forward(self, sample, sample_posterior=False, return_dict=True, generator=None, num_frames=None):
@@ -224,12 +261,13 @@ class TCMVAE(AutoencoderKL):
 
 # %% ../../nbs/models/vae.ipynb #vae-27
 def load_vae(
-    folder: str | Path,           # Or hub id
+    folder: str | Path,  # Or hub id
     subfolder: str | None = None,
     dtype=torch.float32,
 ) -> AutoencoderKL:
     "The autoencoder stored there, with a decoder that knows of time where it has one; in evaluation mode."
     kind = AutoencoderKL.load_config(folder, subfolder=subfolder).get("_class_name")
     classes = {"TCMVAE": TCMVAE, "AutoencoderKL": AutoencoderKL}
-    if kind not in classes: raise ValueError(f"{folder} holds a model of class {kind}: give an AutoencoderKL or a TCMVAE")
+    if kind not in classes:
+        raise ValueError(f"{folder} holds a model of class {kind}: give an AutoencoderKL or a TCMVAE")
     return classes[kind].from_pretrained(folder, subfolder=subfolder, dtype=dtype, use_safetensors=True).eval()

@@ -19,11 +19,15 @@ from .moe import ExpertFeedForward
 # %% ../../nbs/modules/attention.ipynb #attention-07
 class BackendAttention:
     "The plainest processor of diffusers' `Attention`, by the backend that `set_attention_backend` chose (PyTorch's fused kernels by default)."
+
     _attention_backend = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads = (y.unflatten(-1, (attn.heads, -1)) for y in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        heads = (
+            y.unflatten(-1, (attn.heads, -1))
+            for y in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
         y = dispatch_attention_fn(*heads, attn_mask=attention_mask, backend=self._attention_backend)
         return attn.to_out[0](y.flatten(2))
 
@@ -79,13 +83,14 @@ def frame_positions(
 # %% ../../nbs/modules/attention.ipynb #attention-15
 class TemporalTransformer(nn.Module):
     "Attention among the frames of each place, experts; `b c t h w` to the same shape; zero effect at the start and for an image."
+
     def __init__(
         self,
-        channels: int,          # c
-        head_dim: int,          # Width of an attention head
-        experts: int = 4,       # M
+        channels: int,  # c
+        head_dim: int,  # Width of an attention head
+        experts: int = 4,  # M
         norm_groups: int = 32,  # Groups of the group norm
-        attentions: int = 1     # Self-attentions one after the other (AnimateDiff: 2)
+        attentions: int = 1,  # Self-attentions one after the other (AnimateDiff: 2)
     ):
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
@@ -100,10 +105,12 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x):
         _, c, t, h, w = x.shape
-        if t == 1: return x
+        if t == 1:
+            return x
         n = self.proj_in(rearrange(self.norm(x), "b c t h w -> (b h w) t c"))
         positions = frame_positions(t, c, x.device).to(n.dtype)
         n = n + self.position_gain * positions
-        for norm, attend in zip(self.norms, self.attentions, strict=True): n = n + attend(norm(n) + positions)
+        for norm, attend in zip(self.norms, self.attentions, strict=True):
+            n = n + attend(norm(n) + positions)
         n = n + self.experts(self.norm_experts(n))
         return x + rearrange(self.proj_out(n), "(b h w) t c -> b c t h w", h=h, w=w)

@@ -55,8 +55,8 @@ class ChannelExcitation(nn.Module):
 
 # %% ../../nbs/modules/mec.ipynb #mec-24
 def tap_means(
-    x: torch.Tensor  # `b c t h w`
-) -> torch.Tensor:   # `b c 3 3 t`; the middle is the mean of the frame
+    x: torch.Tensor,  # `b c t h w`
+) -> torch.Tensor:  # `b c 3 3 t`; the middle is the mean of the frame
     "What each tap of a 3×3 kernel with zeros around the frame sees of it, divided by h·w: all but the last row, all, all but the first; columns alike."
     h, w = x.shape[3:]
     taps = lambda all, first, last: torch.stack([all - last, all, all - first], dim=2)

@@ -15,48 +15,61 @@ from torch import nn
 # %% ../../nbs/modules/moe.ipynb #moe-07
 class ExpertLinear(nn.Linear):
     "`e` linear maps `out e in` that start alike: in training each takes its share of the tokens `n b d`, in order; in evaluation all go through their mean."
+
     def __init__(self, width_in, width_out, experts):
         super().__init__(width_in, width_out)
-        for name, p in list(self.named_parameters()): setattr(self, name, nn.Parameter(p.detach()[:, None].repeat_interleave(experts, dim=1)))
+        for name, p in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(p.detach()[:, None].repeat_interleave(experts, dim=1)))
 
     def forward(self, x):
-        if not self.training: return F.linear(x, self.weight.mean(1), self.bias.mean(1))
+        if not self.training:
+            return F.linear(x, self.weight.mean(1), self.bias.mean(1))
         experts = self.weight.shape[1]
-        if len(x) % experts == 0:   # all at once
-            return torch.baddbmm(self.bias.T[:, None], x.reshape(experts, -1, x.shape[-1]), self.weight.permute(1, 2, 0)).reshape(*x.shape[:-1], -1)
+        if len(x) % experts == 0:  # all at once
+            return torch.baddbmm(
+                self.bias.T[:, None], x.reshape(experts, -1, x.shape[-1]), self.weight.permute(1, 2, 0)
+            ).reshape(*x.shape[:-1], -1)
         groups = x.tensor_split(experts)
-        return torch.cat([F.linear(*each) for each in zip(groups, self.weight.unbind(1), self.bias.unbind(1), strict=True)])
+        return torch.cat(
+            [F.linear(*each) for each in zip(groups, self.weight.unbind(1), self.bias.unbind(1), strict=True)]
+        )
 
     @torch.no_grad()
     def merged(self):
         "The mean of the maps, a plain linear layer."
         mean = nn.Linear(self.in_features, self.out_features, device="meta").train(self.training)
-        for name, p in self.named_parameters(): setattr(mean, name, nn.Parameter(p.mean(1), requires_grad=p.requires_grad))
+        for name, p in self.named_parameters():
+            setattr(mean, name, nn.Parameter(p.mean(1), requires_grad=p.requires_grad))
         return mean
 
 # %% ../../nbs/modules/moe.ipynb #moe-08
 class ExpertFeedForward(nn.Module):
     "`e` gated feed-forward networks that share the tokens `b n d` at random in training, and act as their mean in evaluation."
+
     def __init__(
         self,
-        width: int,        # d
+        width: int,  # d
         experts: int = 4,  # e; 1 is a plain feed-forward network
-        mult: int = 4,     # Hidden width in multiples of d
+        mult: int = 4,  # Hidden width in multiples of d
     ):
         super().__init__()
-        if experts < 1: raise ValueError(f"experts={experts}: at least one expert is needed")
+        if experts < 1:
+            raise ValueError(f"experts={experts}: at least one expert is needed")
         linear = nn.Linear if experts == 1 else partial(ExpertLinear, experts=experts)
-        self.experts, self.expand, self.contract = experts, linear(width, 2*mult*width), linear(mult*width, width)
+        self.experts, self.expand, self.contract = experts, linear(width, 2 * mult * width), linear(mult * width, width)
 
     def gated(self, hidden):
         value, gate = hidden.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def forward(self, x):
-        if self.experts == 1 or not self.training: return self.contract(self.gated(self.expand(x)))
+        if self.experts == 1 or not self.training:
+            return self.contract(self.gated(self.expand(x)))
         b, n, d = x.shape
         order = torch.randperm(n, device=x.device)
-        rows = order[:, None] + n * torch.arange(b, device=x.device)   # tokens first, so that an expert's are one piece of memory
+        rows = order[:, None] + n * torch.arange(
+            b, device=x.device
+        )  # tokens first, so that an expert's are one piece of memory
         return self.contract(self.gated(self.expand(x.reshape(b * n, d)[rows])))[order.argsort()].transpose(0, 1)
 
 # %% ../../nbs/modules/moe.ipynb #moe-17
@@ -78,6 +91,8 @@ def merge_experts(
     several = [m for m in module.modules() if isinstance(m, ExpertFeedForward) and m.experts > 1]
     for layer in (layer for m in several for layer in m.children()):
         if type(layer) is not ExpertLinear or hasattr(layer, "_diffusers_hook") or hasattr(layer, "_hf_hook"):
-            raise ValueError("these experts carry an adapter, a cast or an offload: merge first and add them then, or unload the adapter")
+            raise ValueError(
+                "these experts carry an adapter, a cast or an offload: merge first and add them then, or unload the adapter"
+            )
     for ffn in several:
         ffn.experts, ffn.expand, ffn.contract = 1, ffn.expand.merged(), ffn.contract.merged()

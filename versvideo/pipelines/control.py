@@ -18,10 +18,11 @@ from ..models.controlnet import VersVideoControlNet, as_weights
 @dataclass
 class ControlPlan:
     "Conditions for a walk of some steps, each with its strength and its part of the walk."
+
     conditions: dict  # Name to `b c t h w`
-    scales: dict      # Name to `b t`
-    start: dict       # Name to the share of the steps after which it counts
-    end: dict         # Name to the share of the steps after which it counts no more
+    scales: dict  # Name to `b t`
+    start: dict  # Name to the share of the steps after which it counts
+    end: dict  # Name to the share of the steps after which it counts no more
 
     def idle(self, steps: int) -> list:
         "Names of the conditions that count at no step, although they have a strength."
@@ -30,38 +31,67 @@ class ControlPlan:
 
     def at(self, step: int, steps: int) -> dict | None:
         "What the ControlNet is called with at a step; None where nothing counts."
-        now = [n for n in self.conditions if self.start[n] <= step / steps and (step + 1) / steps <= self.end[n] and self.scales[n].any()]
-        return dict(conditions={n: self.conditions[n] for n in now}, scales={n: self.scales[n] for n in now}) if now else None
+        now = [
+            n
+            for n in self.conditions
+            if self.start[n] <= step / steps and (step + 1) / steps <= self.end[n] and self.scales[n].any()
+        ]
+        return (
+            dict(conditions={n: self.conditions[n] for n in now}, scales={n: self.scales[n] for n in now})
+            if now
+            else None
+        )
 
 # %% ../../nbs/pipelines/control.ipynb #control-07
 def plan_control(
     control: VersVideoControlNet,
-    conditions: dict,       # Name to condition clip, `b c t h w` in [0, 1], b one or as many as videos
-    scales: float | dict,   # One strength for all, or name to strength: a number or one a frame
-    start: float | dict,    # One share of the steps for all, or name to share
+    conditions: dict,  # Name to condition clip, `b c t h w` in [0, 1], b one or as many as videos
+    scales: float | dict,  # One strength for all, or name to strength: a number or one a frame
+    start: float | dict,  # One share of the steps for all, or name to share
     end: float | dict,
-    shape: tuple,           # Of the latents, `b c t h w`
+    shape: tuple,  # Of the latents, `b c t h w`
     device: torch.device | None = None,
 ) -> ControlPlan:
     "Check what a user gave for every condition; ValueError naming the condition and the remedy."
     b, t = shape[0], shape[2]
-    if not isinstance(conditions, dict): raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and clips")
+    if not isinstance(conditions, dict):
+        raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and clips")
     given = {}
-    for what, value, default in (("condition_scales", scales, 1.), ("control_start", start, 0.), ("control_end", end, 1.)):
+    for what, value, default in (
+        ("condition_scales", scales, 1.0),
+        ("control_start", start, 0.0),
+        ("control_end", end, 1.0),
+    ):
         for name in value if isinstance(value, dict) else ():
-            if name not in conditions: raise ValueError(f"{what} names {name!r}, but conditions are {', '.join(conditions)}: give that condition, or leave it out")
+            if name not in conditions:
+                raise ValueError(
+                    f"{what} names {name!r}, but conditions are {', '.join(conditions)}: give that condition, or leave it out"
+                )
         given[what] = {name: value.get(name, default) if isinstance(value, dict) else value for name in conditions}
     clips = {}
     for name, clip in conditions.items():
         pick(control.config.conditions, name, "condition")
-        if not isinstance(clip, torch.Tensor) or clip.ndim != 5: raise ValueError(f"condition {name!r} is {getattr(clip, 'shape', type(clip).__name__)}: give a tensor `b c t h w`, as extract_condition makes it")
+        if not isinstance(clip, torch.Tensor) or clip.ndim != 5:
+            raise ValueError(
+                f"condition {name!r} is {getattr(clip, 'shape', type(clip).__name__)}: give a tensor `b c t h w`, as extract_condition makes it"
+            )
         clip = clip.to(device, torch.float32)
-        if clip.numel() == 0: raise ValueError(f"condition {name!r} has shape {tuple(clip.shape)}: give at least one clip of one frame")
-        if not (clip.min() >= 0 and clip.max() <= 1): raise ValueError(f"condition {name!r} has values from {clip.min():.3g} to {clip.max():.3g}: give [0, 1], as extract_condition makes it")
-        if b % len(clip): raise ValueError(f"condition {name!r} has {len(clip)} clips for {b} videos: give one for all or one for each")
+        if clip.numel() == 0:
+            raise ValueError(f"condition {name!r} has shape {tuple(clip.shape)}: give at least one clip of one frame")
+        if not (clip.min() >= 0 and clip.max() <= 1):
+            raise ValueError(
+                f"condition {name!r} has values from {clip.min():.3g} to {clip.max():.3g}: give [0, 1], as extract_condition makes it"
+            )
+        if b % len(clip):
+            raise ValueError(
+                f"condition {name!r} has {len(clip)} clips for {b} videos: give one for all or one for each"
+            )
         clips[name] = clip.repeat_interleave(b // len(clip), dim=0)
         first, last = given["control_start"][name], given["control_end"][name]
-        if not all(isinstance(x, Real) for x in (first, last)) or not 0 <= first < last <= 1: raise ValueError(f"control_start={first}, control_end={last} of {name!r}: give shares of the steps, 0 <= start < end <= 1")
+        if not all(isinstance(x, Real) for x in (first, last)) or not 0 <= first < last <= 1:
+            raise ValueError(
+                f"control_start={first}, control_end={last} of {name!r}: give shares of the steps, 0 <= start < end <= 1"
+            )
     control.check_conditions(clips, shape)
     weights = {name: as_weights(given["condition_scales"][name], name, b, t, device) for name in clips}
     return ControlPlan(clips, weights, given["control_start"], given["control_end"])

@@ -25,6 +25,7 @@ from .arguments import check_prompts, warn_about_words
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-06
 class VideoDenoiser(DiffusionPipeline):
     "The components of a text-to-video model and the walk from noise to latents, all `b c t h w`."
+
     model_cpu_offload_seq = "text_encoder->image_encoder->style_adapter->unet->vae"
     _optional_components = ["controlnet", "style_adapter", "image_encoder"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -40,23 +41,43 @@ class VideoDenoiser(DiffusionPipeline):
         t, h, w = self.unet.config.sample_size
         return t, h * self.vae_scale_factor, w * self.vae_scale_factor
 
-    def __init__(self, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase,
-                 text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
-                 unet: VersVideoUNet, scheduler: KarrasDiffusionSchedulers,
-                 controlnet: VersVideoControlNet | None = None,
-                 style_adapter: StyleAdapter | None = None,
-                 image_encoder: CLIPVisionModelWithProjection | None = None, words: str = ""):
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+        unet: VersVideoUNet,
+        scheduler: KarrasDiffusionSchedulers,
+        controlnet: VersVideoControlNet | None = None,
+        style_adapter: StyleAdapter | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        words: str = "",
+    ):
         super().__init__()
         self.register_to_config(words=words)
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-                              scheduler=scheduler, controlnet=controlnet,
-                              style_adapter=style_adapter, image_encoder=image_encoder)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            controlnet=controlnet,
+            style_adapter=style_adapter,
+            image_encoder=image_encoder,
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._guidance_scale, self._guidance_rescale = 1.0, 0.0
         self._num_timesteps, self._interrupt = 0, False
 
-    def encode_prompt(self, prompt, negative_prompt=None, num_videos_per_prompt=1,
-                      prompt_embeds=None, negative_prompt_embeds=None, blank=False) -> tuple:
+    def encode_prompt(
+        self,
+        prompt,
+        negative_prompt=None,
+        num_videos_per_prompt=1,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        blank=False,
+    ) -> tuple:
         "Embeddings `b n d` of prompts and negative prompts (None without guidance), a row a video."
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("both of negative_prompt and negative_prompt_embeds given: give one")
@@ -69,66 +90,85 @@ class VideoDenoiser(DiffusionPipeline):
             negative_prompt_embeds = encode_text(self.text_encoder, self.tokenizer, negatives)
         width = self.unet.config.cross_attention_dim
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[2] != width:
-            raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: the UNet reads "
-                             f"b n d with d={width}")
+            raise ValueError(
+                f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: the UNet reads b n d with d={width}"
+            )
         both = [e for e in (prompt_embeds, negative_prompt_embeds) if e is not None]
         if both[0].shape != both[-1].shape:
-            raise ValueError(f"negative_prompt_embeds of shape {tuple(both[1].shape)}: give the "
-                             f"shape of the prompt's embeddings, {tuple(both[0].shape)}")
-        rows = [e.to(self._execution_device, self.unet.dtype)
-                .repeat_interleave(num_videos_per_prompt, dim=0) for e in both]
+            raise ValueError(
+                f"negative_prompt_embeds of shape {tuple(both[1].shape)}: give the "
+                f"shape of the prompt's embeddings, {tuple(both[0].shape)}"
+            )
+        rows = [
+            e.to(self._execution_device, self.unet.dtype).repeat_interleave(num_videos_per_prompt, dim=0) for e in both
+        ]
         return rows[0], rows[1] if len(rows) == 2 else None
 
     def encode_style(self, style_image, rows) -> torch.Tensor:
         "Style tokens `b n d` of one picture for all videos, or one for each."
         if self.style_adapter is None or self.image_encoder is None:
-            raise ValueError("style_image needs a pipeline with a style adapter and an image encoder: "
-                             "train one with nbs/23_train_style.ipynb")
+            raise ValueError(
+                "style_image needs a pipeline with a style adapter and an image encoder: "
+                "train one with nbs/23_train_style.ipynb"
+            )
         pictures = as_pictures(style_image, "style_image")
         if rows % len(pictures):
-            raise ValueError(f"style_image holds {len(pictures)} pictures for {rows} videos: "
-                             "give one for all or one for each")
+            raise ValueError(
+                f"style_image holds {len(pictures)} pictures for {rows} videos: give one for all or one for each"
+            )
         tokens = self.style_adapter(embed_pictures(self.image_encoder, pictures))
         return tokens.to(self._execution_device).repeat_interleave(rows // len(pictures), dim=0)
 
-    def predict_noise(self, latents, t_idx, prompt_embeds, negative_prompt_embeds, style=None,
-                      style_scale=1.0, style_guidance=None, control=None, memory=None) -> torch.Tensor:
+    def predict_noise(
+        self,
+        latents,
+        t_idx,
+        prompt_embeds,
+        negative_prompt_embeds,
+        style=None,
+        style_scale=1.0,
+        style_guidance=None,
+        control=None,
+        memory=None,
+    ) -> torch.Tensor:
         "The UNet's ε in fp32, guided when `guidance_scale` is above 1, and by the style apart when `style_guidance` is given."
         x = self.scheduler.scale_model_input(latents, t_idx).to(self.unet.dtype)
         apart = style is not None and style_guidance is not None
         texts = [negative_prompt_embeds] * self.do_classifier_free_guidance + [prompt_embeds] * (1 + apart)
         times, weights = len(texts), None
         x, tokens = torch.cat([x] * times), torch.cat(texts)
-        if style is not None:   # only the last part has one
+        if style is not None:  # only the last part has one
             strength = torch.zeros(len(x), device=x.device)
-            strength[-len(style):] = style_scale
+            strength[-len(style) :] = style_scale
             tokens, weights = join_tokens(tokens, torch.cat([style] * times), strength)
         added = {}
         if control is not None:
-            control = {key: {name: torch.cat([v] * times) for name, v in part.items()}
-                       for key, part in control.items()}
-            down, middle = self.controlnet(x, t_idx, tokens, token_weights=weights, **control,
-                                           memory=memory, return_dict=False)
+            control = {key: {name: torch.cat([v] * times) for name, v in part.items()} for key, part in control.items()}
+            down, middle = self.controlnet(
+                x, t_idx, tokens, token_weights=weights, **control, memory=memory, return_dict=False
+            )
             added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
         first, *others = self.unet(x, t_idx, tokens, token_weights=weights, **added).sample.float().chunk(times)
         scales = [self.guidance_scale] * self.do_classifier_free_guidance + [style_guidance] * apart
         eps, before = first, first
-        for scale, part in zip(scales, others, strict=True):   # each beyond the one before
+        for scale, part in zip(scales, others, strict=True):  # each beyond the one before
             eps, before = eps + scale * (part - before), part
-        if self.guidance_rescale and others and eps.any():   # an untrained network says nothing
+        if self.guidance_rescale and others and eps.any():  # an untrained network says nothing
             eps = rescale_noise_cfg(eps, before, self.guidance_rescale)
         return eps
 
     def given_frames(self, plan, noise) -> tuple | None:
-        "Latents of the frames that the condition \"image\" gives, the noise they start from, and which they are; ValueError for parts of frames."
+        'Latents of the frames that the condition "image" gives, the noise they start from, and which they are; ValueError for parts of frames.'
         if plan is None or "image" not in plan.conditions:
             return None
         clip = plan.conditions["image"]
         given = clip[:, 3, :, 0, 0] > 0.5
         if not torch.equal(clip[:, 3], given.to(clip)[:, :, None, None].expand_as(clip[:, 3])):
-            raise ValueError("condition 'image' gives a part of a frame: its fourth channel is 1 on the "
-                             "whole of a frame that is given and 0 on the others, as "
-                             "extract_condition makes it; or draw with hold_image=False")
+            raise ValueError(
+                "condition 'image' gives a part of a frame: its fourth channel is 1 on the "
+                "whole of a frame that is given and 0 on the others, as "
+                "extract_condition makes it; or draw with hold_image=False"
+            )
         some = given.any(0)
         known = torch.zeros_like(noise)
         if some.any():
@@ -136,7 +176,7 @@ class VideoDenoiser(DiffusionPipeline):
         return known, noise, given
 
     def hold(self, latents, held, control, t_idx=None) -> torch.Tensor:
-        "Latents with the given frames as they are at a diffusion step (None: at the end), where \"image\" counts."
+        'Latents with the given frames as they are at a diffusion step (None: at the end), where "image" counts.'
         strength = (control or {"scales": {}})["scales"].get("image")
         if held is None or strength is None:
             return latents
@@ -146,20 +186,37 @@ class VideoDenoiser(DiffusionPipeline):
             known = self.scheduler.add_noise(known, noise, t_idx.reshape(1).to(known.device))
         return torch.where(there, known, latents)
 
-    def denoise(self, latents, step_kwargs, callback, callback_inputs, plan=None, style=None,
-                style_scale=1.0, style_guidance=None, held=None, **embeds) -> torch.Tensor:
+    def denoise(
+        self,
+        latents,
+        step_kwargs,
+        callback,
+        callback_inputs,
+        plan=None,
+        style=None,
+        style_scale=1.0,
+        style_guidance=None,
+        held=None,
+        **embeds,
+    ) -> torch.Tensor:
         "Walk down the scheduler's timesteps, handing the named tensors to `callback` after each."
-        memory, control = {}, None   # conditions do not change from step to step
+        memory, control = {}, None  # conditions do not change from step to step
         with self.progress_bar(total=self.num_timesteps) as bar:
             for i, t_idx in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
                 control = plan and plan.at(i, self.num_timesteps)
                 latents = self.hold(latents, held, control, t_idx)
-                eps = self.predict_noise(latents, t_idx, **embeds, style=style,
-                                         style_scale=style_scale,
-                                         style_guidance=style_guidance, control=control,
-                                         memory=memory)
+                eps = self.predict_noise(
+                    latents,
+                    t_idx,
+                    **embeds,
+                    style=style,
+                    style_scale=style_scale,
+                    style_guidance=style_guidance,
+                    control=control,
+                    memory=memory,
+                )
                 latents = self.scheduler.step(eps, t_idx, latents, **step_kwargs).prev_sample
                 if callback is not None:
                     tensors = {"latents": latents, **embeds}
@@ -171,5 +228,5 @@ class VideoDenoiser(DiffusionPipeline):
                 bar.update()
         latents = self.hold(latents, held, control)
         if getattr(self, "final_offload_hook", None) is not None and self.controlnet is not None:
-            self.controlnet.to("cpu")   # no other model's turn moves it away before decoding
+            self.controlnet.to("cpu")  # no other model's turn moves it away before decoding
         return latents

@@ -36,22 +36,30 @@ class Edit:
 # %% ../../nbs/pipelines/edit.ipynb #edit-08
 def check_names(pipe, conditions, options, **settings) -> tuple:
     "Names of conditions, each one that the model was trained on, and each with options or settings one of them; ValueError otherwise."
-    names = tuple(filter(None, (name.strip() for name in conditions.split(",")))) if isinstance(conditions, str) else tuple(conditions)
-    if names and pipe.controlnet is None: raise ValueError("conditions need a pipeline with a ControlNet: train one with nbs/22_train_controlnet.ipynb")
-    for name in names: pick(pipe.controlnet.config.conditions, name, "condition")
-    for name in options or {}: pick(dict.fromkeys(names), name, "condition with options")
+    names = (
+        tuple(filter(None, (name.strip() for name in conditions.split(","))))
+        if isinstance(conditions, str)
+        else tuple(conditions)
+    )
+    if names and pipe.controlnet is None:
+        raise ValueError("conditions need a pipeline with a ControlNet: train one with nbs/22_train_controlnet.ipynb")
+    for name in names:
+        pick(pipe.controlnet.config.conditions, name, "condition")
+    for name in options or {}:
+        pick(dict.fromkeys(names), name, "condition with options")
     for what, given in settings.items():
-        for name in given if isinstance(given, dict) else (): pick(dict.fromkeys(names), name, f"condition of {what}")
+        for name in given if isinstance(given, dict) else ():
+            pick(dict.fromkeys(names), name, f"condition of {what}")
     return names
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-09
 def edit_clip(
     pipe: VersVideoPipeline,
-    clip: torch.Tensor,        # uint8 `1 3 t h w`
+    clip: torch.Tensor,  # uint8 `1 3 t h w`
     prompt: str,
     conditions: Sequence = (),  # Names of what is taken from the clip, or one string with commas
     options: dict | None = None,  # Condition to options of `extract_condition`
-    **arguments,               # Of the pipeline: condition_scales, style_image, generator, …
+    **arguments,  # Of the pipeline: condition_scales, style_image, generator, …
 ) -> Edit:
     "Draw what the prompt says where the conditions of a clip say; ValueError for a condition that the model was not trained on."
     names, options = check_names(pipe, conditions, options), options or {}
@@ -65,14 +73,20 @@ def edit_clip(
 def save_edit(
     edit: Edit,
     folder: str | Path,
-    name: str,        # Of the files
+    name: str,  # Of the files
     fps: float = 8,
-) -> list:            # The files
+) -> list:  # The files
     "Write the result, all of it side by side, and a contact sheet."
     folder, rows = Path(folder), edit.rows()
     scale = max(1, 256 // min(edit.result.shape[3:]))
     files = [write_video(edit.result[0], folder / f"{name}.mp4", fps, scale)]
-    files.append(write_video(clip_grid(list(rows.values()), list(rows), columns=len(rows), scale=scale), folder / f"{name}-beside.mp4", fps))
+    files.append(
+        write_video(
+            clip_grid(list(rows.values()), list(rows), columns=len(rows), scale=scale),
+            folder / f"{name}-beside.mp4",
+            fps,
+        )
+    )
     contact_sheet(list(rows.values()), list(rows)).save(folder / f"{name}.jpg", quality=90)
     return [*files, folder / f"{name}.jpg"]
 
@@ -86,12 +100,16 @@ class Batch:
 # %% ../../nbs/pipelines/edit.ipynb #edit-16
 def rehearse(pipe, size, prompt, arguments):
     "One step on a blank clip: what is wrong with the arguments is found before any video is read, and not in each."
+
     def stop(pipe, *_):
-        pipe._interrupt = True   # as diffusers' own way to end a walk
+        pipe._interrupt = True  # as diffusers' own way to end a walk
         return {}
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # the videos give them again
-        edit_clip(pipe, torch.zeros(1, 3, *size, dtype=torch.uint8), prompt, **arguments | dict(callback_on_step_end=stop))
+        warnings.simplefilter("ignore")  # the videos give them again
+        edit_clip(
+            pipe, torch.zeros(1, 3, *size, dtype=torch.uint8), prompt, **arguments | dict(callback_on_step_end=stop)
+        )
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-17
 def edit_files(
@@ -99,46 +117,70 @@ def edit_files(
     video: str | Path,  # A file or a folder
     prompt: str,
     folder: str | Path,  # Of the results; NAME-edit.mp4, NAME-edit-beside.mp4, NAME-edit.jpg for each video
-    size: tuple,         # `(t, h, w)`, t at most
+    size: tuple,  # `(t, h, w)`, t at most
     fps: float = 8,
     seed: int = 0,
-    **arguments,         # Of `edit_clip`
+    **arguments,  # Of `edit_clip`
 ) -> Batch:
     "Edit a video, or every video of a folder; a warning for those that cannot be read, ValueError where none can."
     video = Path(video)
-    if not video.exists(): raise FileNotFoundError(f"video={str(video)!r} does not exist: give a video file, or a folder of them")
-    if video.is_dir() and video.resolve() == Path(folder).resolve(): raise ValueError(f"the results would lie among the videos of {str(video)!r}, and be edited the next time: give another folder for them")
+    if not video.exists():
+        raise FileNotFoundError(f"video={str(video)!r} does not exist: give a video file, or a folder of them")
+    if video.is_dir() and video.resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"the results would lie among the videos of {str(video)!r}, and be edited the next time: give another folder for them"
+        )
     paths = sorted(p for p in video.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if video.is_dir() else [video]
-    check_names(pipe, arguments.get("conditions", ()), arguments.get("options"), **{key: arguments[key] for key in ("condition_scales", "control_start", "control_end") if key in arguments})
-    if arguments.get("style_image") is not None and pipe.style_adapter is None: raise ValueError("a style picture needs a pipeline with a style adapter: train one with nbs/23_train_style.ipynb")
-    if paths: rehearse(pipe, size, prompt, arguments)
+    check_names(
+        pipe,
+        arguments.get("conditions", ()),
+        arguments.get("options"),
+        **{key: arguments[key] for key in ("condition_scales", "control_start", "control_end") if key in arguments},
+    )
+    if arguments.get("style_image") is not None and pipe.style_adapter is None:
+        raise ValueError(
+            "a style picture needs a pipeline with a style adapter: train one with nbs/23_train_style.ipynb"
+        )
+    if paths:
+        rehearse(pipe, size, prompt, arguments)
     stems, done = [p.stem for p in paths], Batch()
     for path in paths:
-        try: clip = read_clip(path, size, fps)[None]
+        try:
+            clip = read_clip(path, size, fps)[None]
         except (ValueError, OSError, MemoryError) as error:
             done.bad[path.name] = str(error)
             continue
-        try: edit = edit_clip(pipe, clip, prompt, generator=torch.Generator().manual_seed(seed), **arguments)
-        except ValueError as error:   # too short for a frame that is asked for
+        try:
+            edit = edit_clip(pipe, clip, prompt, generator=torch.Generator().manual_seed(seed), **arguments)
+        except ValueError as error:  # too short for a frame that is asked for
             done.bad[path.name] = str(error)
             continue
         save_edit(edit, folder, f"{path.stem if stems.count(path.stem) == 1 else path.name}-edit", fps)
         done.edits[path.name] = edit
-    if not done.edits: raise ValueError(f"video={str(video)!r} gave nothing to edit: {'; '.join(done.bad.values()) or 'no video in it'}")
-    if done.bad: warnings.warn(f"{len(done.bad)} of {len(paths)} videos left out: {'; '.join(done.bad.values())}", stacklevel=2)
+    if not done.edits:
+        raise ValueError(
+            f"video={str(video)!r} gave nothing to edit: {'; '.join(done.bad.values()) or 'no video in it'}"
+        )
+    if done.bad:
+        warnings.warn(f"{len(done.bad)} of {len(paths)} videos left out: {'; '.join(done.bad.values())}", stacklevel=2)
     return done
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-21
 def parse_pairs(
     text: str,  # name=value,name=value, or nothing
     what: str,  # What it is called, for the message
-    kind,       # Of the values
+    kind,  # Of the values
 ) -> dict:
     "Name to value; ValueError for anything else."
     pairs = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        try: pairs[name.strip()] = kind(value)
-        except ValueError: equals = ""
-        if not equals or not name.strip(): raise ValueError(f"{what}={text!r}: give name=value, several with a comma between them, for example canny=0.5,image=1")
+        try:
+            pairs[name.strip()] = kind(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise ValueError(
+                f"{what}={text!r}: give name=value, several with a comma between them, for example canny=0.5,image=1"
+            )
     return pairs

@@ -20,19 +20,33 @@ from ..media.video import read_clip, read_picture, write_video
 # %% ../../nbs/pipelines/explorer.ipynb #explorer-06
 class Explorer:
     "Widgets around a pipeline; `panel` is what is shown, `result` the last clip, `3 t h w` in [-1, 1]."
+
     def __init__(self, pipe):
-        try: import ipywidgets as w
-        except ImportError as error: raise ImportError("explore needs ipywidgets: pip install 'versvideo[notebooks]'") from error
+        try:
+            import ipywidgets as w
+        except ImportError as error:
+            raise ImportError("explore needs ipywidgets: pip install 'versvideo[notebooks]'") from error
         trained = tuple(pipe.controlnet.config.conditions) if pipe.controlnet is not None else ()
         wide, text = w.Layout(width="98%"), dict(style=dict(description_width="7em"))
-        slide = lambda value, high, name: w.FloatSlider(value=value, min=0, max=high, step=0.1, description=name, **text)
+        slide = lambda value, high, name: w.FloatSlider(
+            value=value, min=0, max=high, step=0.1, description=name, **text
+        )
         self.pipe, self.result = pipe, None
-        self.prompt = w.Text(value="a red circle moving left on a navy background", description="prompt", layout=wide, **text)
-        self.seed, self.steps = w.IntText(value=0, description="seed", **text), w.IntSlider(value=25, min=1, max=100, description="steps", **text)
+        self.prompt = w.Text(
+            value="a red circle moving left on a navy background", description="prompt", layout=wide, **text
+        )
+        self.seed, self.steps = (
+            w.IntText(value=0, description="seed", **text),
+            w.IntSlider(value=25, min=1, max=100, description="steps", **text),
+        )
         self.guidance = slide(4.0, 15, "guidance")
         self.video = w.FileUpload(accept="video/*,.gif", description="video")
         self.conditions = {name: slide(0.0, 2, name) for name in trained}
-        self.models = {name: w.Text(placeholder="folder or hub id of its model", description=name, **text) for name in trained if name in ("depth", "hed")}
+        self.models = {
+            name: w.Text(placeholder="folder or hub id of its model", description=name, **text)
+            for name in trained
+            if name in ("depth", "hed")
+        }
         self.picture = w.FileUpload(accept="image/*", description="style picture")
         self.style, self.style_guidance = slide(1.0, 2, "of the style"), slide(6.0, 12, "its guidance")
         self.button, self.bar = w.Button(description="draw", button_style="primary"), w.IntProgress(layout=wide)
@@ -40,42 +54,76 @@ class Explorer:
         self.button.on_click(self.draw)
         controls = [w.HBox([self.video, w.VBox([*self.conditions.values(), *self.models.values()])])] * bool(trained)
         controls += [w.HBox([self.picture, self.style, self.style_guidance])] * (pipe.style_adapter is not None)
-        self.panel = w.VBox([self.prompt, w.HBox([self.seed, self.steps, self.guidance]), *controls, self.button, self.bar, self.said, self.player])
+        self.panel = w.VBox(
+            [
+                self.prompt,
+                w.HBox([self.seed, self.steps, self.guidance]),
+                *controls,
+                self.button,
+                self.bar,
+                self.said,
+                self.player,
+            ]
+        )
 
     def given(self) -> dict:
         "What the widgets say, as arguments of the pipeline."
         arguments, scales = {}, {name: slider.value for name, slider in self.conditions.items() if slider.value}
         with tempfile.TemporaryDirectory() as folder:
+
             def stored(upload):
                 path = Path(folder) / Path(upload.value[0]["name"]).name
                 path.write_bytes(bytes(upload.value[0]["content"]))
                 return path
+
             if scales:
-                if not self.video.value: raise ValueError("conditions are chosen but no video: give one to take them from")
+                if not self.video.value:
+                    raise ValueError("conditions are chosen but no video: give one to take them from")
                 clip = read_clip(stored(self.video), self.pipe.trained_size)[None]
                 model = {name: dict(model=field.value) for name, field in self.models.items() if field.value}
-                arguments |= dict(conditions={name: extract_condition(name, clip, **model.get(name, {})) for name in scales}, condition_scales=scales)
-            if self.picture.value: arguments |= dict(style_image=read_picture(stored(self.picture)), style_scale=self.style.value, style_guidance=self.style_guidance.value, guidance_rescale=0.7)
+                arguments |= dict(
+                    conditions={name: extract_condition(name, clip, **model.get(name, {})) for name in scales},
+                    condition_scales=scales,
+                )
+            if self.picture.value:
+                arguments |= dict(
+                    style_image=read_picture(stored(self.picture)),
+                    style_scale=self.style.value,
+                    style_guidance=self.style_guidance.value,
+                    guidance_rescale=0.7,
+                )
         return arguments
 
     def draw(self, _=None):
         "Generate and play; an error or a warning becomes a line of text."
         self.said.value, self.bar.value = "", 0
+
         def count(pipe, i, t_idx, tensors):
             self.bar.max, self.bar.value = pipe.num_timesteps, i + 1
             return {}
+
         try:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always", UserWarning)
-                videos = self.pipe(self.prompt.value, num_inference_steps=self.steps.value, guidance_scale=self.guidance.value, callback_on_step_end=count,
-                                   generator=torch.Generator().manual_seed(self.seed.value), **self.given()).videos
-            self.said.value = "<br>".join(html.escape(str(w.message)) for w in warned if issubclass(w.category, UserWarning))
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:   # out of memory is among the last
+                videos = self.pipe(
+                    self.prompt.value,
+                    num_inference_steps=self.steps.value,
+                    guidance_scale=self.guidance.value,
+                    callback_on_step_end=count,
+                    generator=torch.Generator().manual_seed(self.seed.value),
+                    **self.given(),
+                ).videos
+            self.said.value = "<br>".join(
+                html.escape(str(w.message)) for w in warned if issubclass(w.category, UserWarning)
+            )
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # out of memory is among the last
             self.said.value = f"<b>{html.escape(str(error))}</b>"
             return
         self.result = videos[0].cpu() * 2 - 1
         with tempfile.TemporaryDirectory() as folder:
-            path = write_video(self.result, Path(folder) / "result.gif", fps=8, scale=max(1, 256 // min(videos.shape[3:])))
+            path = write_video(
+                self.result, Path(folder) / "result.gif", fps=8, scale=max(1, 256 // min(videos.shape[3:]))
+            )
             self.player.value = path.read_bytes()
 
 # %% ../../nbs/pipelines/explorer.ipynb #explorer-07

@@ -33,67 +33,76 @@ class VersVideoPipeline(VideoDenoiser):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,               # What to show; may be left out with conditions or a style
-        negative_prompt: str | list[str] | None = None,      # What to stay away from, by guidance
-        num_frames: int | None = None,                       # None: the conditions', or as trained
-        height: int | None = None,                           # Multiple of 8; None: the same
-        width: int | None = None,                            # Multiple of 8; None: the same
-        num_inference_steps: int = 25,                       # Steps from noise to latents
-        guidance_scale: float = 4.0,                         # Up to 1: no guidance
-        guidance_rescale: float = 0.0,                       # How far guided ε goes back to the deviation of unguided, 0 to 1
-        num_videos_per_prompt: int = 1,                      # They follow each other
-        eta: float = 0.0,                                    # Noise DDIM adds back, 0 to 1
+        prompt: str | list[str] | None = None,  # What to show; may be left out with conditions or a style
+        negative_prompt: str | list[str] | None = None,  # What to stay away from, by guidance
+        num_frames: int | None = None,  # None: the conditions', or as trained
+        height: int | None = None,  # Multiple of 8; None: the same
+        width: int | None = None,  # Multiple of 8; None: the same
+        num_inference_steps: int = 25,  # Steps from noise to latents
+        guidance_scale: float = 4.0,  # Up to 1: no guidance
+        guidance_rescale: float = 0.0,  # How far guided ε goes back to the deviation of unguided, 0 to 1
+        num_videos_per_prompt: int = 1,  # They follow each other
+        eta: float = 0.0,  # Noise DDIM adds back, 0 to 1
         generator: torch.Generator | list[torch.Generator] | None = None,  # One, or one a video
-        latents: torch.Tensor | None = None,                 # Start noise `b c t h/8 w/8`
-        prompt_embeds: torch.Tensor | None = None,           # `b n d` in place of `prompt`
+        latents: torch.Tensor | None = None,  # Start noise `b c t h/8 w/8`
+        prompt_embeds: torch.Tensor | None = None,  # `b n d` in place of `prompt`
         negative_prompt_embeds: torch.Tensor | None = None,  # `b n d` in place of `negative_prompt`
-        output_type: str = "pt",                             # pt, np (`b t h w c`), pil or latent
-        decode_chunk_size: int | None = None,                # Frames decoded at a time; None: 16, or the VAE's windows
-        return_dict: bool = True,                            # False gives a tuple
-        callback_on_step_end: Callable | None = None,        # f(pipe, i, t_idx, tensors) -> changes
+        output_type: str = "pt",  # pt, np (`b t h w c`), pil or latent
+        decode_chunk_size: int | None = None,  # Frames decoded at a time; None: 16, or the VAE's windows
+        return_dict: bool = True,  # False gives a tuple
+        callback_on_step_end: Callable | None = None,  # f(pipe, i, t_idx, tensors) -> changes
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),  # What the callback gets
-        conditions: dict | None = None,                      # Name to clip `b c t h w` in [0, 1]
-        condition_scales: float | dict = 1.0,                # One, or by name; a number or one a frame
-        control_start: float | dict = 0.0,                   # Share of the steps; one, or by name
-        control_end: float | dict = 1.0,                     # Share of the steps; one, or by name
-        image=None,                                          # First frame: the condition "image"
-        hold_image: bool = True,                             # Whether frames of "image" stay as given while it counts, or only guide
-        style_image=None,                                    # A picture whose style is wanted
-        style_scale: float = 1.0,                            # How much; 0: not at all
-        style_guidance: float | None = None,                 # Guidance by the picture beyond the text; None: together with it
+        conditions: dict | None = None,  # Name to clip `b c t h w` in [0, 1]
+        condition_scales: float | dict = 1.0,  # One, or by name; a number or one a frame
+        control_start: float | dict = 0.0,  # Share of the steps; one, or by name
+        control_end: float | dict = 1.0,  # Share of the steps; one, or by name
+        image=None,  # First frame: the condition "image"
+        hold_image: bool = True,  # Whether frames of "image" stay as given while it counts, or only guide
+        style_image=None,  # A picture whose style is wanted
+        style_scale: float = 1.0,  # How much; 0: not at all
+        style_guidance: float | None = None,  # Guidance by the picture beyond the text; None: together with it
     ) -> VersVideoPipelineOutput | tuple:
         "Generate; ValueError or TypeError for what cannot work, a warning for unknown words."
         if not isinstance(conditions or {}, dict):
-            raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and "
-                            "clips")
+            raise TypeError(f"conditions is a {type(conditions).__name__}: give a dict of names and clips")
         conditions, controlled = dict(conditions or {}), bool(conditions) or image is not None
         for name, value, default, missing in (
-                ("condition_scales", condition_scales, 1.0, not controlled),
-                ("control_start", control_start, 0.0, not controlled),
-                ("control_end", control_end, 1.0, not controlled),
-                ("style_scale", style_scale, 1.0, style_image is None),
-                ("style_guidance", style_guidance, None, style_image is None)):
+            ("condition_scales", condition_scales, 1.0, not controlled),
+            ("control_start", control_start, 0.0, not controlled),
+            ("control_end", control_end, 1.0, not controlled),
+            ("style_scale", style_scale, 1.0, style_image is None),
+            ("style_guidance", style_guidance, None, style_image is None),
+        ):
             given = value is not None if default is None else not (isinstance(value, (int, float)) and value == default)
             if missing and given:
-                raise ValueError(f"{name}={value!r} has nothing to count for: give "
-                                 f"{'style_image' if name.startswith('style') else 'conditions'}")
+                raise ValueError(
+                    f"{name}={value!r} has nothing to count for: give "
+                    f"{'style_image' if name.startswith('style') else 'conditions'}"
+                )
         if controlled and self.controlnet is None:
-            raise ValueError("conditions and image need a pipeline with a ControlNet: train one "
-                             "with nbs/22_train_controlnet.ipynb")
-        for clip in conditions.values():   # the others are checked against the first
+            raise ValueError(
+                "conditions and image need a pipeline with a ControlNet: train one with nbs/22_train_controlnet.ipynb"
+            )
+        for clip in conditions.values():  # the others are checked against the first
             if isinstance(clip, torch.Tensor) and clip.ndim == 5:
                 given = (num_frames, height, width)
-                num_frames, height, width = (own if value is None else value for own, value
-                                             in zip(clip.shape[2:], given, strict=True))
+                num_frames, height, width = (
+                    own if value is None else value for own, value in zip(clip.shape[2:], given, strict=True)
+                )
                 break
-        size = latent_size(num_frames, height, width, self.unet.config.sample_size,
-                           self.vae_scale_factor)
-        check_counts(num_inference_steps=num_inference_steps, decode_chunk_size=16 if decode_chunk_size is None else decode_chunk_size,
-                     num_videos_per_prompt=num_videos_per_prompt)
-        check_numbers(eta=(eta, 0, 1), guidance_scale=(guidance_scale, 0, 1000),
-                      guidance_rescale=(guidance_rescale, 0, 1),
-                      style_scale=(style_scale, 0, 1000),
-                      **({} if style_guidance is None else dict(style_guidance=(style_guidance, 0, 1000))))
+        size = latent_size(num_frames, height, width, self.unet.config.sample_size, self.vae_scale_factor)
+        check_counts(
+            num_inference_steps=num_inference_steps,
+            decode_chunk_size=16 if decode_chunk_size is None else decode_chunk_size,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )
+        check_numbers(
+            eta=(eta, 0, 1),
+            guidance_scale=(guidance_scale, 0, 1000),
+            guidance_rescale=(guidance_rescale, 0, 1),
+            style_scale=(style_scale, 0, 1000),
+            **({} if style_guidance is None else dict(style_guidance=(style_guidance, 0, 1000))),
+        )
         generator = as_generators(generator)
         finish = pick(OUTPUT_TYPES, output_type, "output_type")
         handed = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -102,35 +111,53 @@ class VersVideoPipeline(VideoDenoiser):
             pick(tensors, name, "callback_on_step_end_tensor_inputs")
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._interrupt = False
-        silent = controlled or style_image is not None   # then there is something to go by without words
+        silent = controlled or style_image is not None  # then there is something to go by without words
         if prompt is None and prompt_embeds is None and silent:
             prompt = ""
-        positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt,
-                                                prompt_embeds, negative_prompt_embeds,
-                                                blank=silent)
+        positive, negative = self.encode_prompt(
+            prompt, negative_prompt, num_videos_per_prompt, prompt_embeds, negative_prompt_embeds, blank=silent
+        )
         shape = (len(positive), self.unet.config.in_channels, *size)
         if image is not None:
             if "image" in conditions:
                 raise ValueError("both of image and conditions['image'] given: give one of the two")
             conditions["image"] = first_frame(image, size, self.vae_scale_factor)
-        plan = plan_control(self.controlnet, conditions, condition_scales, control_start,
-                            control_end, shape, self._execution_device) if conditions else None
+        plan = (
+            plan_control(
+                self.controlnet, conditions, condition_scales, control_start, control_end, shape, self._execution_device
+            )
+            if conditions
+            else None
+        )
         style = None if style_image is None else self.encode_style(style_image, len(positive))
         latents = start_latents(shape, generator, latents, self._execution_device)
         set_timesteps(self.scheduler, num_inference_steps, latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
         for name in plan.idle(self._num_timesteps) if plan else ():
-            warnings.warn(f"condition {name!r} counts at none of {self._num_timesteps} steps: move "
-                          "control_start or control_end, or take more steps", stacklevel=2)
+            warnings.warn(
+                f"condition {name!r} counts at none of {self._num_timesteps} steps: move "
+                "control_start or control_end, or take more steps",
+                stacklevel=2,
+            )
         held = self.given_frames(plan, latents) if hold_image else None
         latents = self.denoise(
             latents * self.scheduler.init_noise_sigma,
             step_arguments(self.scheduler, eta=eta, generator=generator),
-            callback_on_step_end, handed, plan, style, style_scale, style_guidance, held,
+            callback_on_step_end,
+            handed,
+            plan,
+            style,
+            style_scale,
+            style_guidance,
+            held,
             prompt_embeds=positive,
-            negative_prompt_embeds=negative)
-        videos = latents if output_type == "latent" else finish(
-            decode_latents(self.vae, latents, decode_chunk_size) / 2 + 0.5)
+            negative_prompt_embeds=negative,
+        )
+        videos = (
+            latents
+            if output_type == "latent"
+            else finish(decode_latents(self.vae, latents, decode_chunk_size) / 2 + 0.5)
+        )
         self.maybe_free_model_hooks()
         return VersVideoPipelineOutput(videos=videos) if return_dict else (videos,)
 

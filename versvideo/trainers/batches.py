@@ -44,30 +44,35 @@ def draw_latents(
 
 # %% ../../nbs/trainers/batches.ipynb #batches-09
 def open_shards(
-    data: str,           # Folder that 26_prepare made, relative to the repository
-    shape: tuple,        # Frames, height and width of its clips
+    data: str,  # Folder that 26_prepare made, relative to the repository
+    shape: tuple,  # Frames, height and width of its clips
     vae: nn.Module,
     text_encoder: nn.Module,
     batch_size: int,
     seed: int,
-    fraction: float = 0.,  # Share of the batches that are images
+    fraction: float = 0.0,  # Share of the batches that are images
 ) -> LatentBatches:
     "Batches of these shards; ValueError where they were made for another shape, or by other encoders."
-    if not (repo_path(data) / "made.json").is_file(): raise FileNotFoundError(f"{data} has no made.json: give a folder of shards that 26_prepare made")
+    if not (repo_path(data) / "made.json").is_file():
+        raise FileNotFoundError(f"{data} has no made.json: give a folder of shards that 26_prepare made")
     shards = LatentBatches(repo_path(data), batch_size, seed, fraction)
     asked = encoder_digests(vae, text_encoder) | dict(shape=list(shape))
     other = [name for name, value in asked.items() if shards.about.get(name) != value]
-    if other: raise ValueError(f"{data} was made with another {', '.join(other)} than is trained with here: make shards with 26_prepare for clips of {asked['shape']}, with the same vae= and clip=")
+    if other:
+        raise ValueError(
+            f"{data} was made with another {', '.join(other)} than is trained with here: make shards with 26_prepare for clips of {asked['shape']}, with the same vae= and clip="
+        )
     print(f"{len(shards.shards)} samples in {len(shards.shards.paths)} shards")
     return shards
 
 # %% ../../nbs/trainers/batches.ipynb #batches-10
 def embed_batch(
-    batch: dict,              # Token ids `b n` as "ids"; or embeddings `b n d` as "text", and as "silent" `b` which of them are left out
+    batch: dict,  # Token ids `b n` as "ids"; or embeddings `b n d` as "text", and as "silent" `b` which of them are left out
     text_encoder: nn.Module,
-    no_text: torch.Tensor,    # Token ids `n` of the empty text
-) -> torch.Tensor:            # `b n d`
+    no_text: torch.Tensor,  # Token ids `n` of the empty text
+) -> torch.Tensor:  # `b n d`
     "The text of a batch, embedded."
-    if "ids" in batch: return text_encoder(batch["ids"]).last_hidden_state
+    if "ids" in batch:
+        return text_encoder(batch["ids"]).last_hidden_state
     nothing = text_encoder(no_text[None].to(batch["text"].device)).last_hidden_state
     return torch.where(batch["silent"][:, None, None], nothing, batch["text"])

@@ -35,25 +35,39 @@ def whole(
 def spread(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     "A complete tensor where and as `like` lies."
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+        if isinstance(like, DTensor)
+        else tensor
+    )
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-09
 @dataclass
 class Parts:
     "What of a training is made of tensors."
-    module: nn.Module                 # As it was before it was wrapped, or sharded in place
+
+    module: nn.Module  # As it was before it was wrapped, or sharded in place
     optimizer: torch.optim.Optimizer  # Of its parameters
-    ema: EMAModel | None = None       # Their moving average
+    ema: EMAModel | None = None  # Their moving average
 
     def collect(
         self,
         keep: bool = True,  # False on processes that only have to give their pieces
-    ) -> dict:              # File to name to complete tensor on the CPU
+    ) -> dict:  # File to name to complete tensor on the CPU
         "Everything, by name; a parameter that was never stepped has no moments."
         params = dict(self.module.named_parameters())
-        found = dict(model={name: whole(value, keep) for name, value in self.module.state_dict().items()},
-                     optimizer={f"{name}/{key}": whole(value, keep) for name, p in params.items() for key, value in self.optimizer.state.get(p, {}).items()})
-        if self.ema: found["ema"] = {name: whole(value, keep) for name, value in zip(params, self.ema.shadow_params, strict=True)} | {"/steps": torch.tensor(self.ema.optimization_step)}
+        found = dict(
+            model={name: whole(value, keep) for name, value in self.module.state_dict().items()},
+            optimizer={
+                f"{name}/{key}": whole(value, keep)
+                for name, p in params.items()
+                for key, value in self.optimizer.state.get(p, {}).items()
+            },
+        )
+        if self.ema:
+            found["ema"] = {
+                name: whole(value, keep) for name, value in zip(params, self.ema.shadow_params, strict=True)
+            } | {"/steps": torch.tensor(self.ema.optimization_step)}
         return found
 
     def restore(self, found: dict):
@@ -63,20 +77,37 @@ class Parts:
         for key, value in found["optimizer"].items():
             name, _, moment = key.rpartition("/")
             moments.setdefault(name, {})[moment] = value
-        for what, names in dict(model=(found["model"], state), optimizer=(moments, params), ema=(found.get("ema", {}), {**params, "/steps": 0} if self.ema else {})).items():
+        for what, names in dict(
+            model=(found["model"], state),
+            optimizer=(moments, params),
+            ema=(found.get("ema", {}), {**params, "/steps": 0} if self.ema else {}),
+        ).items():
             other = sorted(set(names[0]) ^ set(names[1]))
-            if other: raise ValueError(f"{what} has other parameters than this model: {', '.join(other[:3])}")
+            if other:
+                raise ValueError(f"{what} has other parameters than this model: {', '.join(other[:3])}")
         with torch.no_grad():
-            for name, value in state.items(): value.copy_(spread(found["model"][name], value))
+            for name, value in state.items():
+                value.copy_(spread(found["model"][name], value))
             for name, p in params.items():
-                if moments[name]: self.optimizer.state[p] = {key: spread(value, p if value.shape == p.shape else torch.empty(0, device=p.device)).clone() for key, value in moments[name].items()}
-            if self.ema: self.ema.shadow_params, self.ema.optimization_step = [spread(found["ema"][name], p).clone() for name, p in params.items()], int(found["ema"]["/steps"])
+                if moments[name]:
+                    self.optimizer.state[p] = {
+                        key: spread(value, p if value.shape == p.shape else torch.empty(0, device=p.device)).clone()
+                        for key, value in moments[name].items()
+                    }
+            if self.ema:
+                self.ema.shadow_params, self.ema.optimization_step = (
+                    [spread(found["ema"][name], p).clone() for name, p in params.items()],
+                    int(found["ema"]["/steps"]),
+                )
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-13
 def checkpoint_step(path): return int(path.name.removeprefix("step-"))
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-14
-def checkpoints(folder): return sorted((p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()), key=checkpoint_step)
+def checkpoints(folder):
+    return sorted(
+        (p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()), key=checkpoint_step
+    )
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-15
 def link(source, target):
@@ -94,42 +125,53 @@ def flush(folder: Path):
 def write_checkpoint(folder: Path, step: int, tensors: dict, notes: dict, keep: int, best: bool):
     "Write `folder/step-NNNNNN`, `best` where it is, and remove what is too old."
     target, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    for left in folder.glob(".*.partial"): shutil.rmtree(left)   # of a process that was killed while it saved
+    for left in folder.glob(".*.partial"):
+        shutil.rmtree(left)  # of a process that was killed while it saved
     partial.mkdir(parents=True)
     try:
-        for name, found in tensors.items(): save_file({key: value.contiguous() for key, value in found.items()}, partial / f"{name}.safetensors")
-        for name, note in notes.items(): write_json(partial / f"{name}.json", note)
+        for name, found in tensors.items():
+            save_file({key: value.contiguous() for key, value in found.items()}, partial / f"{name}.safetensors")
+        for name, note in notes.items():
+            write_json(partial / f"{name}.json", note)
         flush(partial)
-        if best:   # before the step is there, so that a run that is killed here makes both again
+        if best:  # before the step is there, so that a run that is killed here makes both again
             shutil.copytree(partial, folder / ".best.partial", copy_function=link)
             shutil.rmtree(folder / "best", ignore_errors=True)
             (folder / ".best.partial").rename(folder / "best")
-        if target.exists(): shutil.rmtree(target)
+        if target.exists():
+            shutil.rmtree(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-18
 def save_checkpoint(
-    processes,      # Of accelerate: an Accelerator or PartialState
+    processes,  # Of accelerate: an Accelerator or PartialState
     folder: Path,
     step: int,
     parts: Parts,
-    notes: dict,    # Name to what becomes NAME.json; of the main process
+    notes: dict,  # Name to what becomes NAME.json; of the main process
     keep: int = 2,  # Newest checkpoints that stay
     best: bool = False,  # Whether none had a better score
 ):
     "Write the checkpoint of a step, from one process; OSError on all of them where it failed, naming the one that is left."
     tensors, error = parts.collect(processes.is_main_process), [""]
     if processes.is_main_process:
-        try: write_checkpoint(folder, step, tensors, notes, keep, best)
-        except Exception as failed: error = [f"{type(failed).__name__}: {failed}"]
-    if processes.num_processes > 1: broadcast_object_list(error)
+        try:
+            write_checkpoint(folder, step, tensors, notes, keep, best)
+        except Exception as failed:
+            error = [f"{type(failed).__name__}: {failed}"]
+    if processes.num_processes > 1:
+        broadcast_object_list(error)
     if error[0]:
         left = checkpoints(folder)
-        raise OSError(f"the checkpoint of step {step} could not be written to {folder} ({error[0]}): make room or bring the folder back; " + (f"{left[-1].name} is whole" if left else "there is none yet"))
+        raise OSError(
+            f"the checkpoint of step {step} could not be written to {folder} ({error[0]}): make room or bring the folder back; "
+            + (f"{left[-1].name} is whole" if left else "there is none yet")
+        )
 
 # %% ../../nbs/trainers/checkpoints.ipynb #checkpoints-22
 PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
@@ -140,19 +182,27 @@ def load_checkpoint(
     parts: Parts,  # Filled from the newest checkpoint
     numbers: dict,  # Of this run; ValueError where the one in the folder had others
     free: tuple = (),  # Names of numbers that may change on the way
-) -> dict | None:   # Its notes by name; None where there is no checkpoint
+) -> dict | None:  # Its notes by name; None where there is no checkpoint
     "Go on from the newest checkpoint of a folder; ValueError for one of another run, damaged, or with pickles."
     found = checkpoints(folder)
-    if not found: return None
+    if not found:
+        return None
     last = found[-1]
     pickled = sorted(p.name for p in last.iterdir() if p.suffix in PICKLES)
-    if pickled: raise ValueError(f"{last} has {', '.join(pickled)}: pickles are not read, whoever made them could run anything; start again in another folder")
+    if pickled:
+        raise ValueError(
+            f"{last} has {', '.join(pickled)}: pickles are not read, whoever made them could run anything; start again in another folder"
+        )
     try:
         had = read_json(last / "fit.json")
         other = [f"{k}={had[k]}, not {v}" for k, v in numbers.items() if k in had and had[k] != v and k not in free]
-        if not other: parts.restore({p.stem: load_file(p) for p in sorted(last.glob("*.safetensors"))})
+        if not other:
+            parts.restore({p.stem: load_file(p) for p in sorted(last.glob("*.safetensors"))})
         notes = {p.stem: read_json(p) for p in last.glob("*.json")}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{last} is damaged or of another model ({error}): delete it, and the run goes on from the one before") from error
-    if other: raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
+        raise ValueError(
+            f"{last} is damaged or of another model ({error}): delete it, and the run goes on from the one before"
+        ) from error
+    if other:
+        raise ValueError(f"{folder} holds a run with {'; '.join(other)}: ask for the same, or choose another folder")
     return notes

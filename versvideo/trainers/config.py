@@ -14,30 +14,41 @@ from ..core.prefetch import made_ahead
 @dataclass
 class FitConfig:
     "The numbers of a training run."
-    steps: int                    # Optimiser steps
-    batch_size: int               # Items in a batch, on each process
-    lr: float                     # Peak learning rate (AdamW), cosine to zero
-    warmup: int = 50              # Steps of linear warm-up
-    weight_decay: float = 0.01    # Of AdamW
-    grad_clip: float = 1.0        # Largest gradient norm
+
+    steps: int  # Optimiser steps
+    batch_size: int  # Items in a batch, on each process
+    lr: float  # Peak learning rate (AdamW), cosine to zero
+    warmup: int = 50  # Steps of linear warm-up
+    weight_decay: float = 0.01  # Of AdamW
+    grad_clip: float = 1.0  # Largest gradient norm
     ema_decay: float | None = None  # Largest decay of the moving average of the weights; None for none
-    seed: int = 0                 # Seeds the batches and the noise
-    log_every: int = 10           # Steps between rows of the curve
-    save_every: int = 200         # Steps between checkpoints
-    mixed_precision: str = "no"   # no | bf16 | fp16
+    seed: int = 0  # Seeds the batches and the noise
+    log_every: int = 10  # Steps between rows of the curve
+    save_every: int = 200  # Steps between checkpoints
+    mixed_precision: str = "no"  # no | bf16 | fp16
     pretrained_share: float = 1.0  # Of `lr`, for parameters that come trained; 0 freezes them
-    accumulate: int = 1           # Batches of each process in a step
-    compile: bool = False         # torch.compile the model
-    keep: int = 2                 # Newest checkpoints that stay
-    explode: float = 1000.        # A loss of more than so many times the usual one, once 20 are known, is no step
-    skips: int = 10               # Steps left out for their loss or gradient before the run stops
-    workers: int = 0              # Other processes that make batches ahead for each process; 0: it makes each when it is needed
-    track: str = ""               # Trackers of accelerate, by comma: tensorboard, wandb; empty: none
+    accumulate: int = 1  # Batches of each process in a step
+    compile: bool = False  # torch.compile the model
+    keep: int = 2  # Newest checkpoints that stay
+    explode: float = 1000.0  # A loss of more than so many times the usual one, once 20 are known, is no step
+    skips: int = 10  # Steps left out for their loss or gradient before the run stops
+    workers: int = 0  # Other processes that make batches ahead for each process; 0: it makes each when it is needed
+    track: str = ""  # Trackers of accelerate, by comma: tensorboard, wandb; empty: none
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "save_every", "accumulate", "keep"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        made_ahead(abs, [], self.workers)   # refuses what it cannot use
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        made_ahead(abs, [], self.workers)  # refuses what it cannot use
 
 # %% ../../nbs/trainers/config.ipynb #config-06
-FREE = ("log_every", "save_every", "keep", "skips", "compile", "workers", "track", "accumulate")   # What may change when a run goes on: with fewer processes, each may take more batches
+FREE = (
+    "log_every",
+    "save_every",
+    "keep",
+    "skips",
+    "compile",
+    "workers",
+    "track",
+    "accumulate",
+)  # What may change when a run goes on: with fewer processes, each may take more batches

@@ -35,8 +35,10 @@ def drop_idle_gradients(accelerator, parameters):
 # %% ../../nbs/trainers/distributed.ipynb #distributed-06
 def sharding() -> FullyShardedDataParallelPlugin | None:
     "FSDP2, where the launcher asks for it; weights stay in fp32 and autocast does the rest, so that a run computes what it does unsharded. ValueError for FSDP of version 1."
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true": return None
-    if os.environ.get("FSDP_VERSION", "1") != "2": raise ValueError("FSDP of version 1 was asked for: start with --use_fsdp --fsdp_version 2")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP of version 1 was asked for: start with --use_fsdp --fsdp_version 2")
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 # %% ../../nbs/trainers/distributed.ipynb #distributed-08
@@ -53,11 +55,17 @@ def sigterm():
 @contextmanager
 def naming_lost_processes(world: int):
     "RuntimeError that says so where the others can no longer be reached."
-    try: yield
+    try:
+        yield
     except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection", "imed out"))
-        if world == 1 or not lost: raise
-        raise RuntimeError(f"another of the {world} processes has ended, or does not answer ({str(error).splitlines()[0]}): its own output says why; the same command goes on from the last checkpoint") from error
+        lost = isinstance(error, torch.distributed.DistError) or any(
+            word in str(error) for word in ("gloo", "NCCL", "onnection", "imed out")
+        )
+        if world == 1 or not lost:
+            raise
+        raise RuntimeError(
+            f"another of the {world} processes has ended, or does not answer ({str(error).splitlines()[0]}): its own output says why; the same command goes on from the last checkpoint"
+        ) from error
 
 # %% ../../nbs/trainers/distributed.ipynb #distributed-10
 class Preempted(SystemExit):
@@ -67,15 +75,17 @@ class Preempted(SystemExit):
 
 # %% ../../nbs/trainers/distributed.ipynb #distributed-12
 def over_share(
-    measure,     # `(list of indices) -> dict` of scalars
-    n: int,      # Samples held out
+    measure,  # `(list of indices) -> dict` of scalars
+    n: int,  # Samples held out
     batch: int,  # Of them at a time
-    rank: int,   # Of this process
+    rank: int,  # Of this process
     world: int,  # Number of processes
 ) -> dict:
     "This process's part of what is measured on the held-out samples: the mean of all parts is the mean over the samples, each once."
     share = range(rank, n, world)
-    parts = [(some, measure(some or [0])) for some in (list(share[i:i + batch]) for i in range(0, -(-n // world), batch))]   # as often on each process, for FSDP; without a sample left it weighs nothing
+    parts = [
+        (some, measure(some or [0])) for some in (list(share[i : i + batch]) for i in range(0, -(-n // world), batch))
+    ]  # as often on each process, for FSDP; without a sample left it weighs nothing
     return {name: sum(len(some) * found[name] for some, found in parts if some) * world / n for name in parts[0][1]}
 
 # %% ../../nbs/trainers/distributed.ipynb #distributed-15
@@ -84,4 +94,6 @@ def process_group(
 ) -> PartialState:
     "This process among those that a launcher started (`torchrun`, `accelerate launch`); without a GPU they talk through gloo."
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=several and not torch.cuda.is_available(), timeout=timedelta(minutes=minutes))   # the others wait while one encodes
+    return PartialState(
+        cpu=several and not torch.cuda.is_available(), timeout=timedelta(minutes=minutes)
+    )  # the others wait while one encodes

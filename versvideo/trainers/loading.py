@@ -35,26 +35,33 @@ from .objectives import training_scheduler
 # %% ../../nbs/trainers/loading.ipynb #loading-06
 def latents_source(vae, world, clips):
     "A digest of what the latents of a world's first clips depend on: the autoencoder and, by the first two clips, the world."
-    return tensors_digest((*vae.state_dict().values(), world.batch(range(min(clips, 2))).clips), f"{clips} {vae.config.scaling_factor} {vae.config.shift_factor}")
+    return tensors_digest(
+        (*vae.state_dict().values(), world.batch(range(min(clips, 2))).clips),
+        f"{clips} {vae.config.scaling_factor} {vae.config.shift_factor}",
+    )
 
 # %% ../../nbs/trainers/loading.ipynb #loading-07
 def cached_latents(
-    path: Path,         # `*.safetensors`, made where it is missing or comes from another autoencoder or world
+    path: Path,  # `*.safetensors`, made where it is missing or comes from another autoencoder or world
     vae: AutoencoderKL,
-    world,              # `world.batch(indices).clips` gives `b c t h w`
-    clips: int,         # Clips 0 to this are encoded
-    batch: int = 32,    # Clips rendered at once
-    workers: int = 0,   # Processes that render ahead; 0: this one renders
-) -> torch.Tensor:      # `b 4 t h/8 w/8`, float16
+    world,  # `world.batch(indices).clips` gives `b c t h w`
+    clips: int,  # Clips 0 to this are encoded
+    batch: int = 32,  # Clips rendered at once
+    workers: int = 0,  # Processes that render ahead; 0: this one renders
+) -> torch.Tensor:  # `b 4 t h/8 w/8`, float16
     "The scaled latents of a world's first clips."
     source = latents_source(vae, world, clips)
     if path.exists():
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("source") == source: return file.get_tensor("latents")
-    with closing(made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)) as rendered:
+            if (file.metadata() or {}).get("source") == source:
+                return file.get_tensor("latents")
+    with closing(
+        made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)
+    ) as rendered:
         parts = [encode_clips(vae, part).half().cpu() for part in progress(rendered, "encode", -(-clips // batch))]
     latents = torch.cat(parts).contiguous()
-    with atomic_path(path) as temp: save_file({"latents": latents}, temp, {"source": source})
+    with atomic_path(path) as temp:
+        save_file({"latents": latents}, temp, {"source": source})
     return latents
 
 # %% ../../nbs/trainers/loading.ipynb #loading-10
@@ -65,77 +72,109 @@ def base_of(size: str):
 
 # %% ../../nbs/trainers/loading.ipynb #loading-11
 def load_image_vae(
-    size: str,      # A row of SIZES
+    size: str,  # A row of SIZES
     vae: str = "",  # Folder or hub id of an image autoencoder instead
 ) -> AutoencoderKL:
     "The image autoencoder that the decoder of this size is built around, in evaluation mode."
     home, part = base_of(size), "vae"
-    if isinstance(home, Path): part = "image_vae"   # beside the one with the trained decoder
-    if vae: home, part = repo_path(vae) if repo_path(vae).is_dir() else vae, None
-    try: model = load_vae(home, part)
+    if isinstance(home, Path):
+        part = "image_vae"  # beside the one with the trained decoder
+    if vae:
+        home, part = repo_path(vae) if repo_path(vae).is_dir() else vae, None
+    try:
+        model = load_vae(home, part)
     except OSError as error:
-        raise FileNotFoundError(f"vae={vae!r}: the image autoencoder of {home} cannot be read ({error}): give its folder or hub id") from error
-    if type(model) is not AutoencoderKL: raise ValueError(f"vae={vae!r} is a {type(model).__name__}: give an image autoencoder, an AutoencoderKL")
+        raise FileNotFoundError(
+            f"vae={vae!r}: the image autoencoder of {home} cannot be read ({error}): give its folder or hub id"
+        ) from error
+    if type(model) is not AutoencoderKL:
+        raise ValueError(f"vae={vae!r} is a {type(model).__name__}: give an image autoencoder, an AutoencoderKL")
     return model
 
 # %% ../../nbs/trainers/loading.ipynb #loading-12
 def load_decoder(
-    decoder: str,              # Folder or hub id of a TCM-VAE
+    decoder: str,  # Folder or hub id of a TCM-VAE
     image_vae: AutoencoderKL,  # That it was built around
 ) -> TCMVAE:
     "A trained decoder to go on from, in evaluation mode; ValueError where it decodes latents of another autoencoder."
     model = load_vae(repo_path(decoder) if repo_path(decoder).is_dir() else decoder)
-    if type(model) is not TCMVAE: raise ValueError(f"decoder={decoder!r} is a {type(model).__name__}: give a TCM-VAE")
-    own, frozen = model.state_dict(), {k: v for k, v in image_vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    if type(model) is not TCMVAE:
+        raise ValueError(f"decoder={decoder!r} is a {type(model).__name__}: give a TCM-VAE")
+    own, frozen = (
+        model.state_dict(),
+        {k: v for k, v in image_vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))},
+    )
     if not all(k in own and torch.equal(own[k], v) for k, v in frozen.items()):
-        raise ValueError(f"decoder={decoder!r} has another encoder than the image autoencoder: give the autoencoder it was trained for")
+        raise ValueError(
+            f"decoder={decoder!r} has another encoder than the image autoencoder: give the autoencoder it was trained for"
+        )
     return model
 
 # %% ../../nbs/trainers/loading.ipynb #loading-13
 def load_frozen(
-    size: str,       # A row of SIZES
-    vae: str = "",   # Folder of an autoencoder instead
+    size: str,  # A row of SIZES
+    vae: str = "",  # Folder of an autoencoder instead
     clip: str = "",  # Folder with `text_encoder/` and `tokenizer/` instead
-) -> tuple:          # Autoencoder, text encoder, tokenizer; in evaluation mode, without gradients
+) -> tuple:  # Autoencoder, text encoder, tokenizer; in evaluation mode, without gradients
     "The models that a UNet of this size is trained on."
     for name, folder in dict(vae=vae, clip=clip).items():
         if folder and not repo_path(folder).is_dir():
-            raise FileNotFoundError(f"{name}={folder!r}: there is no folder {repo_path(folder)}; leave {name} empty for the size's own")
+            raise FileNotFoundError(
+                f"{name}={folder!r}: there is no folder {repo_path(folder)}; leave {name} empty for the size's own"
+            )
     base = base_of(size)
     home = repo_path(clip) if clip else base
     try:
         image_vae = load_vae(repo_path(vae)) if vae else load_vae(base, subfolder="vae")
         kind = (CLIPTextConfig.from_pretrained(home, subfolder="text_encoder").architectures or ["CLIPTextModel"])[0]
         text_class = CLIPTextModel if kind == "CLIPTextModel" else CLIPTextModelWithProjection
-        with quiet_bars(): text_encoder = text_class.from_pretrained(home, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True)
+        with quiet_bars():
+            text_encoder = text_class.from_pretrained(
+                home, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
     except OSError as error:
-        raise FileNotFoundError(f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}; weights come from .safetensors alone): "
-                                "give their folders as vae= and clip=") from error
+        raise FileNotFoundError(
+            f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot be read ({error}; weights come from .safetensors alone): "
+            "give their folders as vae= and clip="
+        ) from error
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/trainers/loading.ipynb #loading-14
 def load_trained(
-    size: str,        # A row of SIZES
+    size: str,  # A row of SIZES
     model: str = "",  # Folder or hub id of a trained pipeline instead of the one of the size
     image_encoder: str = "",  # Folder or hub id of CLIP's vision tower, where that pipeline has none or another is wanted
 ) -> VersVideoPipeline:
     "What stage 2 builds on, in fp32, with the noise schedule of training; for size smoke a pipeline whose UNet was never trained."
-    if model or size != "smoke": pipe = load_pipeline(model or size, device="cpu")
+    if model or size != "smoke":
+        pipe = load_pipeline(model or size, device="cpu")
     else:
         vae, text_encoder, tokenizer = load_frozen(size)
-        pipe = VersVideoPipeline(vae, tokenizer, text_encoder, VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval(), training_scheduler())
-    pipe.register_modules(scheduler=training_scheduler())   # whatever it was saved to sample with
+        pipe = VersVideoPipeline(
+            vae,
+            tokenizer,
+            text_encoder,
+            VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval(),
+            training_scheduler(),
+        )
+    pipe.register_modules(scheduler=training_scheduler())  # whatever it was saved to sample with
     if image_encoder or (pipe.image_encoder is None and isinstance(base_of(size), Path)):
-        with quiet_bars(): tower = CLIPVisionModelWithProjection.from_pretrained(image_encoder or base_of(size) / "image_encoder", dtype=torch.float32, use_safetensors=True)
+        with quiet_bars():
+            tower = CLIPVisionModelWithProjection.from_pretrained(
+                image_encoder or base_of(size) / "image_encoder", dtype=torch.float32, use_safetensors=True
+            )
         pipe.register_modules(image_encoder=tower.eval())
     return pipe
 
 # %% ../../nbs/trainers/loading.ipynb #loading-16
 def encoder_digests(
-    vae: nn.Module,           # An AutoencoderKL, or a TCM-VAE with the same encoder
+    vae: nn.Module,  # An AutoencoderKL, or a TCM-VAE with the same encoder
     text_encoder: nn.Module,
-) -> dict:                    # Part to digest
+) -> dict:  # Part to digest
     "What latents and text embeddings depend on."
     encoder = [p.half() for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))]
-    return dict(vae=tensors_digest(encoder, f"{vae.config.scaling_factor} {vae.config.shift_factor}"), text=tensors_digest(p.half() for p in text_encoder.state_dict().values()))
+    return dict(
+        vae=tensors_digest(encoder, f"{vae.config.scaling_factor} {vae.config.shift_factor}"),
+        text=tensors_digest(p.half() for p in text_encoder.state_dict().values()),
+    )

@@ -22,7 +22,8 @@ from .distributed import process_group
 # %% ../../nbs/trainers/log.ipynb #log-05
 class Log:
     "What a run has been through: its curve, a row now and then, each the mean of what was added since the last; batches seen, steps left out."
-    def __init__(self, rows=(), pending=None, seconds=0., turns=0, bad=(), usual=(0, 0.), best=None):
+
+    def __init__(self, rows=(), pending=None, seconds=0.0, turns=0, bad=(), usual=(0, 0.0), best=None):
         self.rows, self.pending = list(rows), pending or {}
         self.began = time.perf_counter() - seconds
         self.turns, self.bad, self.usual, self.best = turns, list(bad), usual, best
@@ -35,12 +36,21 @@ class Log:
 
     def state(self):
         "What a checkpoint keeps: the arguments that make this log again, on the main process."
-        known = lambda v: v if not isinstance(v, float) or math.isfinite(v) else None   # JSON has no NaN
-        return dict(rows=[{k: known(v) for k, v in row.items()} for row in self.rows], pending={k: [v for v in vs if math.isfinite(v)] for k, vs in self.gathered().items()}, seconds=time.perf_counter() - self.began, turns=self.turns, bad=self.bad, usual=self.usual, best=self.best)
+        known = lambda v: v if not isinstance(v, float) or math.isfinite(v) else None  # JSON has no NaN
+        return dict(
+            rows=[{k: known(v) for k, v in row.items()} for row in self.rows],
+            pending={k: [v for v in vs if math.isfinite(v)] for k, vs in self.gathered().items()},
+            seconds=time.perf_counter() - self.began,
+            turns=self.turns,
+            bad=self.bad,
+            usual=self.usual,
+            best=self.best,
+        )
 
     def add(self, values):
         "Scalar tensors of one step; not every step, nor every process, needs the same keys."
-        for k, v in values.items(): self.pending.setdefault(k, []).append(v.detach())
+        for k, v in values.items():
+            self.pending.setdefault(k, []).append(v.detach())
 
     def close_row(self, step, lr):
         means = {k: torch.tensor(vs).mean().item() for k, vs in self.gathered().items()}
@@ -50,16 +60,20 @@ class Log:
 
     def fault(self, loss: float, norm: float, cfg: FitConfig) -> str:
         "Why a step must not be taken; empty for a good one, whose loss becomes part of the usual."
-        if not math.isfinite(loss): return f"loss is {loss}"
-        if not math.isfinite(norm) and cfg.mixed_precision != "fp16": return f"gradient is {norm}"   # fp16 leaves such a step out by itself
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        if not math.isfinite(norm) and cfg.mixed_precision != "fp16":
+            return f"gradient is {norm}"  # fp16 leaves such a step out by itself
         n, usual = self.usual
-        if n >= 20 and abs(loss) > cfg.explode * usual: return f"loss is {loss:.3g}, usual is {usual:.3g}"
-        self.usual = (n + 1, usual + (abs(loss) - usual) / min(n + 1, 100))   # a mean at first, then a moving one
+        if n >= 20 and abs(loss) > cfg.explode * usual:
+            return f"loss is {loss:.3g}, usual is {usual:.3g}"
+        self.usual = (n + 1, usual + (abs(loss) - usual) / min(n + 1, 100))  # a mean at first, then a moving one
         return ""
 
     def plot(self, y=("loss",), path=None):
         "Show the curves named in `y`; write them to `path` as well."
         from versvideo.media.show import plot_curves
+
         plot_curves(self.rows, x="step", y=list(y), path=path)
 
 # %% ../../nbs/trainers/log.ipynb #log-08
@@ -69,20 +83,26 @@ def run_folder(
     "The folder of a run, created and known to be writable; its record will name the commit of this moment."
     provenance()
     processes = process_group().num_processes
-    if not out and processes > 1: raise ValueError(f"out={out!r}: {processes} processes need one folder for all, name it")
+    if not out and processes > 1:
+        raise ValueError(f"out={out!r}: {processes} processes need one folder for all, name it")
     folder = writable_folder(repo_path(out) if out else Path(tempfile.mkdtemp(prefix="versvideo-")))
-    if not out: print(f"the files of this run are in {folder}")
+    if not out:
+        print(f"the files of this run are in {folder}")
     return folder
 
 # %% ../../nbs/trainers/log.ipynb #log-09
 def write_run(
     folder: Path,
-    config: dict,   # Every resolved value
+    config: dict,  # Every resolved value
     metrics: dict,  # The result
     rows: list = (),  # The curve, one dict a row; none, no file
 ):
     "Write `config.json` (with provenance), `metrics.json` and `curve.csv`; of several processes, the main one does."
-    if not process_group().is_main_process: return
-    write_json(folder / "config.json", {**config, "processes": process_group().num_processes, "provenance": provenance()})
+    if not process_group().is_main_process:
+        return
+    write_json(
+        folder / "config.json", {**config, "processes": process_group().num_processes, "provenance": provenance()}
+    )
     write_json(folder / "metrics.json", metrics)
-    if rows: write_csv(folder / "curve.csv", rows)
+    if rows:
+        write_csv(folder / "curve.csv", rows)

@@ -40,14 +40,19 @@ class Objective(nn.Module):
 
     Of several processes one may have images, which need no temporal part, and another clips; so that both exchange the same gradients, every parameter is touched where FSDP has it at hand.
     """
+
     def __init__(self, model, loss_fn, processes=1):
         super().__init__()
         self.model, self.loss_fn, self.processes = model, loss_fn, processes
-        self._no_split_modules = getattr(model, "_no_split_modules", None)   # what FSDP gathers at a time
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP gathers at a time
         units = [m for m in model.modules() if type(m).__name__ in (self._no_split_modules or ())]
         inside = {part for unit in units for part in unit.modules()}
         self.others = [m for m in model.modules() if m not in inside]
-        self.hooks = [unit.register_forward_hook(lambda module, given, y: touch(y, list(module.modules()))) for unit in units if processes > 1]
+        self.hooks = [
+            unit.register_forward_hook(lambda module, given, y: touch(y, list(module.modules())))
+            for unit in units
+            if processes > 1
+        ]
 
     def forward(self, batch):
         losses = self.loss_fn(self.model, batch)
@@ -70,27 +75,46 @@ def parameter_groups(model, cfg, pretrained):
 def prepare(cfg, model, loss_fn, pretrained, folder):
     "Accelerator, wrapped objective, optimiser, schedule and moving average."
     trackers = [name.strip() for name in cfg.track.split(",") if name.strip()] if folder else []
-    accelerator = Accelerator(mixed_precision=cfg.mixed_precision, log_with=trackers or None, project_dir=folder, fsdp_plugin=sharding())
-    if accelerator.is_fsdp2: model = copy.deepcopy(model)   # sharding changes a module for good
+    accelerator = Accelerator(
+        mixed_precision=cfg.mixed_precision, log_with=trackers or None, project_dir=folder, fsdp_plugin=sharding()
+    )
+    if accelerator.is_fsdp2:
+        model = copy.deepcopy(model)  # sharding changes a module for good
     groups = parameter_groups(model, cfg, pretrained)
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
-    if cfg.compile: getattr(model, "compile_repeated_blocks", model.compile)()
+    if cfg.compile:
+        getattr(model, "compile_repeated_blocks", model.compile)()
     objective, optimizer = accelerator.prepare(Objective(model, loss_fn, accelerator.num_processes), optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(cfg.warmup, cfg.steps // 10), cfg.steps)
-    ema = EMAModel(objective.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75) if cfg.ema_decay else None
-    if ema: ema.to(accelerator.device)
-    if accelerator.log_with: accelerator.init_trackers("training", {k: v for k, v in asdict(cfg).items() if v is not None})
+    ema = (
+        EMAModel(objective.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
+        if cfg.ema_decay
+        else None
+    )
+    if ema:
+        ema.to(accelerator.device)
+    if accelerator.log_with:
+        accelerator.init_trackers("training", {k: v for k, v in asdict(cfg).items() if v is not None})
     return accelerator, objective, optimizer, schedule, ema
 
 # %% ../../nbs/trainers/loop.ipynb #loop-08
 def batches_from(start, log, accelerator, cfg, batch_fn):
     "This process's batches from a step on, `(turn, batch)`, each a function of its number alone, whoever makes it."
+
     def make(number):
         step, turn = number
         set_seed(turn_seed(cfg.seed, turn))
         return turn, batch_fn(step, turn)
+
     n = cfg.accumulate
-    return made_ahead(make, [(start + i // n, log.turns + i * accelerator.num_processes + accelerator.process_index) for i in range((cfg.steps - start) * n)], cfg.workers)
+    return made_ahead(
+        make,
+        [
+            (start + i // n, log.turns + i * accelerator.num_processes + accelerator.process_index)
+            for i in range((cfg.steps - start) * n)
+        ],
+        cfg.workers,
+    )
 
 # %% ../../nbs/trainers/loop.ipynb #loop-09
 def run_batches(accelerator, objective, cfg, batches, log) -> list:
@@ -110,114 +134,189 @@ def run_batches(accelerator, objective, cfg, batches, log) -> list:
 # %% ../../nbs/trainers/loop.ipynb #loop-10
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
     "Means over all processes of what `validate` gave with the averaged weights; clips go to the trackers."
-    set_seed(turn_seed(0, accelerator.process_index))   # the same noise each time; the next batch is seeded anew
-    if ema: ema.store(objective.parameters()), ema.copy_to(objective.parameters())
-    if accelerator.is_fsdp2: objective.unshard()   # what is no part of a layer
+    set_seed(turn_seed(0, accelerator.process_index))  # the same noise each time; the next batch is seeded anew
+    if ema:
+        ema.store(objective.parameters()), ema.copy_to(objective.parameters())
+    if accelerator.is_fsdp2:
+        objective.unshard()  # what is no part of a layer
     model.eval()
-    with torch.no_grad(), accelerator.autocast(): found = validate(model, accelerator.process_index, accelerator.num_processes)
+    with torch.no_grad(), accelerator.autocast():
+        found = validate(model, accelerator.process_index, accelerator.num_processes)
     model.train()
     for part in objective.modules():
-        if isinstance(part, FSDPModule): part.reshard()
-    if ema: ema.restore(objective.parameters())
-    everyone = gather_object([{k: v.cpu() if isinstance(v, torch.Tensor) and v.ndim else float(v) for k, v in found.items()}])
-    numbers = {f"valid_{k}": sum(one[k] for one in everyone) / len(everyone) for k in found if isinstance(everyone[0][k], float)}
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    if ema:
+        ema.restore(objective.parameters())
+    everyone = gather_object(
+        [{k: v.cpu() if isinstance(v, torch.Tensor) and v.ndim else float(v) for k, v in found.items()}]
+    )
+    numbers = {
+        f"valid_{k}": sum(one[k] for one in everyone) / len(everyone)
+        for k in found
+        if isinstance(everyone[0][k], float)
+    }
     for name in found.keys() - {k.removeprefix("valid_") for k in numbers} if accelerator.is_main_process else ():
         from versvideo.media.show import contact_sheet
+
         clips = torch.cat([one[name] for one in everyone])
-        for tracker in accelerator.trackers: tracker.log_images({name: np.asarray(contact_sheet(list(clips), frames=8))[None]}, step=step, **(dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}))
+        for tracker in accelerator.trackers:
+            tracker.log_images(
+                {name: np.asarray(contact_sheet(list(clips), frames=8))[None]},
+                step=step,
+                **(dict(dataformats="NHWC") if tracker.name == "tensorboard" else {}),
+            )
     return numbers
 
 # %% ../../nbs/trainers/loop.ipynb #loop-11
 def tell(accelerator, values: dict, step: int):
     "Send numbers to the trackers; a disk that is full costs these, and not the run."
-    try: accelerator.log(values, step=step)
-    except OSError as error: warnings.warn(f"the trackers could not write step {step} ({error}); the run goes on", stacklevel=2)
+    try:
+        accelerator.log(values, step=step)
+    except OSError as error:
+        warnings.warn(f"the trackers could not write step {step} ({error}); the run goes on", stacklevel=2)
 
 # %% ../../nbs/trainers/loop.ipynb #loop-12
 def say_bad(bad: list, cfg: FitConfig, folder: Path | None):
     "Warn of the last bad step; RuntimeError when there are too many, all of them in `folder/bad.json`."
-    message = f"the {bad[-1]['fault']} at step {bad[-1]['step']}: left out, {len(bad)} of at most {cfg.skips} such steps"
-    if len(bad) <= cfg.skips: return warnings.warn(message, stacklevel=3)
-    if folder: write_json(folder / "bad.json", bad)
-    raise RuntimeError(f"the {bad[-1]['fault']} at step {bad[-1]['step']}: lower lr={cfg.lr} or grad_clip={cfg.grad_clip} in another folder, or go on in this one with more skips; {len(bad)} steps were bad, "
-                       f"{cfg.skips} may be: batch_fn(step, turn) makes their batches again, " + (f"see {folder / 'bad.json'}" if folder else f"{bad[-3:]}"))
+    message = (
+        f"the {bad[-1]['fault']} at step {bad[-1]['step']}: left out, {len(bad)} of at most {cfg.skips} such steps"
+    )
+    if len(bad) <= cfg.skips:
+        return warnings.warn(message, stacklevel=3)
+    if folder:
+        write_json(folder / "bad.json", bad)
+    raise RuntimeError(
+        f"the {bad[-1]['fault']} at step {bad[-1]['step']}: lower lr={cfg.lr} or grad_clip={cfg.grad_clip} in another folder, or go on in this one with more skips; {len(bad)} steps were bad, "
+        f"{cfg.skips} may be: batch_fn(step, turn) makes their batches again, "
+        + (f"see {folder / 'bad.json'}" if folder else f"{bad[-3:]}")
+    )
 
 # %% ../../nbs/trainers/loop.ipynb #loop-14
 def fit(
     cfg: FitConfig,
-    model: nn.Module,   # Left holding the trained weights (their moving average if there is one), in evaluation mode
-    loss_fn,            # `(model, batch) -> dict` of scalars with a "loss"
-    batch_fn,           # `(step, turn) -> dict` of tensors: batch number `turn` of the run, whatever process asks; must depend on nothing else, and draw from a generator of its own
+    model: nn.Module,  # Left holding the trained weights (their moving average if there is one), in evaluation mode
+    loss_fn,  # `(model, batch) -> dict` of scalars with a "loss"
+    batch_fn,  # `(step, turn) -> dict` of tensors: batch number `turn` of the run, whatever process asks; must depend on nothing else, and draw from a generator of its own
     folder: Path | None = None,  # Checkpoints; an interrupted run in the same folder goes on from there
-    after_step=None,    # `(model) -> None`, after each optimiser step
-    pretrained=(),      # Names of parameters that learn at `cfg.pretrained_share` of the rate
+    after_step=None,  # `(model) -> None`, after each optimiser step
+    pretrained=(),  # Names of parameters that learn at `cfg.pretrained_share` of the rate
     run: dict | None = None,  # What else makes this run what it is; a checkpoint of another one is refused
-    validate=None,      # `(model, rank, world) -> dict` of scalars with a "loss", and of clips to look at, before each checkpoint; each process must call the model as often
+    validate=None,  # `(model, rank, world) -> dict` of scalars with a "loss", and of clips to look at, before each checkpoint; each process must call the model as often
 ) -> Log:
     "Train on accelerate: AdamW, warm-up and cosine, clipping, moving average, checkpoints, resume; `Preempted` after SIGTERM."
     accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn, pretrained, folder)
     inner = accelerator.unwrap_model(objective)
     parts = Parts(inner, optimizer.optimizer, ema)
-    numbers = json.loads(json.dumps(asdict(cfg) | (run or {})))   # as a checkpoint gives them back
+    numbers = json.loads(json.dumps(asdict(cfg) | (run or {})))  # as a checkpoint gives them back
     notes = load_checkpoint(folder, parts, numbers, FREE) if folder else None
     start, log = (notes["state"]["step"], Log(**notes["curve"])) if notes else (0, Log())
     starts = gather_object([start])
-    if len(set(starts)) > 1: raise ValueError(f"processes would go on from steps {sorted(set(starts))}: {folder} must be one folder for all of them, on a disk that they share")
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"processes would go on from steps {sorted(set(starts))}: {folder} must be one folder for all of them, on a disk that they share"
+        )
     if notes:
         schedule.load_state_dict(notes["state"]["schedule"])
-        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True): group["lr"] = lr
-        if accelerator.scaler: accelerator.scaler.load_state_dict(notes["state"]["scaler"])
-        if not accelerator.is_main_process: log.pending = {}
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(notes["state"]["scaler"])
+        if not accelerator.is_main_process:
+            log.pending = {}
     objective.train()
-    with sigterm() as asked, naming_lost_processes(accelerator.num_processes), closing(batches_from(start, log, accelerator, cfg, batch_fn)) as batches:
+    with (
+        sigterm() as asked,
+        naming_lost_processes(accelerator.num_processes),
+        closing(batches_from(start, log, accelerator, cfg, batch_fn)) as batches,
+    ):
         for step in progress(range(start, cfg.steps), "train"):
             first = log.turns
             found = run_batches(accelerator, objective, cfg, batches, log)
             drop_idle_gradients(accelerator, objective.parameters())
             norm = whole(accelerator.clip_grad_norm_(objective.parameters(), cfg.grad_clip))
             mean = torch.stack([f["loss"] for f in found]).mean().float()
-            loss, stop = accelerator.reduce(torch.stack([mean, mean.new_tensor(float(bool(asked)))]), "mean").tolist()   # all processes stop, or none
+            loss, stop = accelerator.reduce(
+                torch.stack([mean, mean.new_tensor(float(bool(asked)))]), "mean"
+            ).tolist()  # all processes stop, or none
             fault = log.fault(loss, norm.item(), cfg)
             if fault:
                 log.bad.append(dict(step=step, turns=[first, log.turns - 1], fault=fault, seed=cfg.seed))
-                if accelerator.scaler: accelerator.scaler.update()   # it has looked at these gradients
+                if accelerator.scaler:
+                    accelerator.scaler.update()  # it has looked at these gradients
                 say_bad(log.bad, cfg, folder if accelerator.is_main_process else None)
             else:
                 optimizer.step()
-                if torch.isfinite(norm):   # in fp16 the scaler has left the step out
-                    if after_step: after_step(inner.model)
-                    if ema: ema.step(objective.parameters())
-                for one in found: log.add(one)
-                if torch.isfinite(norm): log.add({"grad_norm": norm})
+                if torch.isfinite(norm):  # in fp16 the scaler has left the step out
+                    if after_step:
+                        after_step(inner.model)
+                    if ema:
+                        ema.step(objective.parameters())
+                for one in found:
+                    log.add(one)
+                if torch.isfinite(norm):
+                    log.add({"grad_norm": norm})
             schedule.step(), optimizer.zero_grad(set_to_none=True)
             done, last = step + 1, step + 1 == cfg.steps
             if done % cfg.log_every == 0 or last:
                 log.close_row(done, schedule.get_last_lr()[0])
                 tell(accelerator, {k: v for k, v in log.rows[-1].items() if k != "step"}, done)
             if folder and (done % cfg.save_every == 0 or last or stop):
-                scores = validated(accelerator, objective, ema, validate, inner.model, done) if validate and (done % cfg.save_every == 0 or last) else {}
+                scores = (
+                    validated(accelerator, objective, ema, validate, inner.model, done)
+                    if validate and (done % cfg.save_every == 0 or last)
+                    else {}
+                )
                 if scores:
-                    if not log.rows or log.rows[-1]["step"] != done: log.rows.append(dict(step=done))
+                    if not log.rows or log.rows[-1]["step"] != done:
+                        log.rows.append(dict(step=done))
                     log.rows[-1] |= scores
                     tell(accelerator, scores, done)
                 score = scores.get("valid_loss", math.nan)
                 best = math.isfinite(score) and (log.best is None or score < log.best)
-                if best: log.best = score
-                state = dict(step=done, schedule=schedule.state_dict(), scaler=accelerator.scaler and accelerator.scaler.state_dict())
-                try: save_checkpoint(accelerator, folder, done, parts, dict(fit=numbers, curve=log.state(), state=state), cfg.keep, best)
+                if best:
+                    log.best = score
+                state = dict(
+                    step=done,
+                    schedule=schedule.state_dict(),
+                    scaler=accelerator.scaler and accelerator.scaler.state_dict(),
+                )
+                try:
+                    save_checkpoint(
+                        accelerator,
+                        folder,
+                        done,
+                        parts,
+                        dict(fit=numbers, curve=log.state(), state=state),
+                        cfg.keep,
+                        best,
+                    )
                 except OSError as error:
-                    if last or stop: raise
+                    if last or stop:
+                        raise
                     warnings.warn(f"{error}; the run goes on", stacklevel=2)
-            if last: stop = any(gather_object([bool(asked)]))   # asked while it saved
+            if last:
+                stop = any(gather_object([bool(asked)]))  # asked while it saved
             if stop:
-                message = f"asked to stop after step {done}: " + (f"saved in {folder}, the same command goes on there" if folder else "nothing was saved, as there is no folder")
-                if accelerator.is_main_process: print(message, flush=True)
+                message = f"asked to stop after step {done}: " + (
+                    f"saved in {folder}, the same command goes on there"
+                    if folder
+                    else "nothing was saved, as there is no folder"
+                )
+                if accelerator.is_main_process:
+                    print(message, flush=True)
                 raise Preempted(message)
-    if ema: ema.copy_to(objective.parameters())
-    trained = {name: whole(value) for name, value in inner.model.state_dict().items()} if inner.model is not model else None
-    if trained: model.load_state_dict(trained)
-    for hook in inner.hooks: hook.remove()
-    for tracker in accelerator.trackers: tracker.finish()   # and not end_training, which ends the process group as well
+    if ema:
+        ema.copy_to(objective.parameters())
+    trained = (
+        {name: whole(value) for name, value in inner.model.state_dict().items()} if inner.model is not model else None
+    )
+    if trained:
+        model.load_state_dict(trained)
+    for hook in inner.hooks:
+        hook.remove()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # and not end_training, which ends the process group as well
     model.eval()
     return log
 

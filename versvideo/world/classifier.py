@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 # %% ../../nbs/world/classifier.ipynb #classifier-04
 class ShapesNet(ModelMixin, ConfigMixin):
     "Four strided 3D convolutions and a linear head for each attribute; `b 3 t 64 64` in [-1, 1] to features `b d` and logits of each head."
+
     @register_to_config
     def __init__(
         self,
@@ -22,8 +23,12 @@ class ShapesNet(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         steps = [(1, 2, 2)] + [(2, 2, 2)] * (len(channels) - 1)
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv3d(a, b, 3, step, 1), nn.GroupNorm(8, b), nn.SiLU())
-                                      for a, b, step in zip((3, *channels), channels, steps, strict=False)))
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv3d(a, b, 3, step, 1), nn.GroupNorm(8, b), nn.SiLU())
+                for a, b, step in zip((3, *channels), channels, steps, strict=False)
+            )
+        )
         self.classify = nn.ModuleDict({name: nn.Linear(channels[-1], len(classes)) for name, classes in heads.items()})
 
     def forward(self, clips: torch.Tensor) -> dict:

@@ -36,29 +36,44 @@ def paints(
         table = distances[shape + len(SHAPES) * (style == "pixelated")]
         side = np.sqrt((table < 0).sum())
         cy, cx = (z.mean() for z in np.nonzero(table < 0))
-        x, y = (np.clip(np.rint(z), 0, n - 1).astype(int) for z in (cx + (np.cos(a) * gx + np.sin(a) * gy) * side, cy + (np.cos(a) * gy - np.sin(a) * gx) * side))
-        pixel = 2 * side / GRID * 2 * REACH / (n - 1)   # of the grid, in units of the radius
+        x, y = (
+            np.clip(np.rint(z), 0, n - 1).astype(int)
+            for z in (cx + (np.cos(a) * gx + np.sin(a) * gy) * side, cy + (np.cos(a) * gy - np.sin(a) * gx) * side)
+        )
+        pixel = 2 * side / GRID * 2 * REACH / (n - 1)  # of the grid, in units of the radius
         inside = lambda distance, pixel=pixel: np.clip(0.5 - distance / pixel, 0, 1)
         paint = inside(table[y, x])
-        if style == "outline": paint = paint - inside(table[y, x] + RIM)
-        cover.append(paint); bright.append(paint * (shades[i][y, x] if style not in ("flat", "outline") else 1))
-    soft = lambda pictures: ndimage.gaussian_filter(np.stack(pictures).astype(np.float32), (0, 0, BLUR, BLUR), mode="nearest")
+        if style == "outline":
+            paint = paint - inside(table[y, x] + RIM)
+        cover.append(paint)
+        bright.append(paint * (shades[i][y, x] if style not in ("flat", "outline") else 1))
+    soft = lambda pictures: ndimage.gaussian_filter(
+        np.stack(pictures).astype(np.float32), (0, 0, BLUR, BLUR), mode="nearest"
+    )
     return tuple(soft(v).reshape(len(STYLES), TURNS, -1) for v in (cover, bright))
 
 # %% ../../nbs/world/styles.ipynb #styles-10
 def style_errors(
     video: np.ndarray,  # b 3 t h w, float32 in [0, 255]
-) -> np.ndarray:        # b styles; NaN where no object was found
+) -> np.ndarray:  # b styles; NaN where no object was found
     "How badly each style explains each clip."
     background, distance = read_background(video)
     mask = read_silhouettes(distance)
-    colour, (x, y, area), shape = read_colour(video, distance, mask), read_track(mask), fit_shapes(mask).max(-1).argmax(1)
+    colour, (x, y, area), shape = (
+        read_colour(video, distance, mask),
+        read_track(mask),
+        fit_shapes(mask).max(-1).argmax(1),
+    )
     errors = np.full((len(video), len(STYLES)), np.nan)
     for i in np.flatnonzero((colour >= 0) & (background >= 0)):
         paint = palette(COLOURS)[colour[i]] / (palette(COLOURS)[colour[i]] ** 2).sum()
         seen = np.flatnonzero(np.isfinite(area[i]))
         side = np.sqrt(area[i, seen])[:, None, None]
-        at = np.broadcast_arrays(np.arange(len(seen))[:, None, None], y[i, seen][:, None, None] - 0.5 + side * AXIS[:, None], x[i, seen][:, None, None] - 0.5 + side * AXIS)
+        at = np.broadcast_arrays(
+            np.arange(len(seen))[:, None, None],
+            y[i, seen][:, None, None] - 0.5 + side * AXIS[:, None],
+            x[i, seen][:, None, None] - 0.5 + side * AXIS,
+        )
         brightness = np.tensordot(paint, video[i][:, seen], 1)
         pictures = ndimage.map_coordinates(brightness, at, order=1, mode="nearest").reshape(len(seen), 1, 1, -1)
         cover, bright = paints(int(shape[i]))
@@ -69,10 +84,12 @@ def style_errors(
 # %% ../../nbs/world/styles.ipynb #styles-11
 def read_style(
     clips: torch.Tensor,  # b 3 t h w, uint8 in [0, 255] or float in [-1, 1]
-) -> list:                # Of STYLES, one a clip; None where there is no object
+) -> list:  # Of STYLES, one a clip; None where there is no object
     "The style that each clip's object is drawn in; ValueError for another shape, TypeError for another type."
-    if clips.ndim != 5 or clips.shape[1] != 3: raise ValueError(f"clips has shape {tuple(clips.shape)}: pass b 3 t h w")
-    if clips.dtype != torch.uint8 and not clips.is_floating_point(): raise TypeError(f"clips has type {clips.dtype}: pass uint8, or float in [-1, 1]")
+    if clips.ndim != 5 or clips.shape[1] != 3:
+        raise ValueError(f"clips has shape {tuple(clips.shape)}: pass b 3 t h w")
+    if clips.dtype != torch.uint8 and not clips.is_floating_point():
+        raise TypeError(f"clips has type {clips.dtype}: pass uint8, or float in [-1, 1]")
     found = []
     for part in clips.detach().cpu().split(16):
         video = part.float() if part.dtype == torch.uint8 else (part.float().clamp(-1, 1) + 1) * 127.5

@@ -20,6 +20,12 @@ def true_maps(
 ) -> dict:  # `depth` and `outline`, each `b 1 t h w` in [0, 1]
     "Nearness as a depth model of no error would give it, and the borders of all objects, a pixel wide, inside."
     inside = rearrange(batch.masks.float(), "b k t h w -> (b t) k h w")
-    core = -F.max_pool2d(F.pad(-inside, [1] * 4, value=0.0), 3, stride=1)   # beyond the frame is outside
+    core = -F.max_pool2d(F.pad(-inside, [1] * 4, value=0.0), 3, stride=1)  # beyond the frame is outside
     outline = (inside - core).amax(1, keepdim=True)
-    return dict(zip(TRUE_MAPS, (nearness(1 - batch.depth), rearrange(outline, "(b t) c h w -> b c t h w", b=len(batch.masks))), strict=True))
+    return dict(
+        zip(
+            TRUE_MAPS,
+            (nearness(1 - batch.depth), rearrange(outline, "(b t) c h w -> b c t h w", b=len(batch.masks))),
+            strict=True,
+        )
+    )
