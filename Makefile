@@ -93,7 +93,7 @@ results: $(INSTALLED)
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-styles2-XS-s1.ipynb \
 	    size=XS init=results/20_train_unet-styles-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient \
-	    unsaid=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
+	    style_dropout=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-XS-s0.ipynb \
 	    size=XS model=results/20_train_unet-styles-XS-s0/weights out=results/22_train_controlnet-XS-s0
@@ -104,7 +104,7 @@ results: $(INSTALLED)
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights seed=1 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s1
 	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s2.ipynb \
-	    size=XS stage=captions unsaid=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
+	    size=XS stage=captions style_dropout=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
 	$(BIN)/python tests/check.py ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
@@ -148,7 +148,7 @@ results-gpu: $(INSTALLED)
 	    size=XS controlnet=results/22_train_controlnet-styles2-XS-s1/weights steps=1300 batch=32 workers=11 seed=2 \
 	    out=results/h200/22_train_controlnet-styles2-XS-s2
 	$(RUN) nbs/23_train_style.ipynb results/h200/23_train_style-styles2-XS-s3.ipynb \
-	    size=XS stage=captions even=True unsaid=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \
+	    size=XS stage=captions even=True style_dropout=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \
 	    out=results/h200/23_train_style-styles2-XS-s3
 	$(BIN)/python tests/check.py ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
 	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights

@@ -20,7 +20,7 @@ from PIL import Image
 from run_notebook import defaults
 
 from versvideo.core.records import read_json, tensors_digest
-from versvideo.lab.results import drifted, fill_tables
+from versvideo.lab.results import RENAMED_PARAMETERS, drifted, fill_tables
 from versvideo.media.video import write_video
 from versvideo.models.saving import save_model, save_pipeline
 from versvideo.models.text import load_clip
@@ -188,6 +188,7 @@ def again(run: str) -> None:
     given = [c for c in nbformat.read(record, 4).cells
              if "injected-parameters" in c.metadata.get("tags", [])]
     values = {name: value for cell in given for name, value in defaults(cell.source).items()}
+    values = {RENAMED_PARAMETERS.get(name, name): value for name, value in values.items()}
     new = REPO / "out/again" / run
     shutil.rmtree(new, ignore_errors=True)  # nothing is taken over from a run before
     values |= {"out": new} | ({"runs": new / "runs"} if values.get("runs") else {})

@@ -128,9 +128,9 @@ def excite(z, mask):
 def multi_excitation(x, p, share=1 / 8):
     "The sum of the four branches, the three excited ones times a learned scale for each channel."
     z = temporal_shift(x, share)
-    branches = [excite(z, spatial_temporal_mask(z, part(p, "where"))),
-                excite(z, channel_mask(z, part(p, "which"))),
-                excite(z, motion_mask(z, part(p, "when")))]
+    branches = [excite(z, spatial_temporal_mask(z, part(p, "spatial_temporal"))),
+                excite(z, channel_mask(z, part(p, "channel"))),
+                excite(z, motion_mask(z, part(p, "motion")))]
     factorized = temporal(spatial(x, part(p, "spatial")), part(p, "temporal"))
     return each(x.shape[:2], lambda b, c: factorized[b, c] + p["scale"][c, 0, 0, 0] * sum(
         branch[b, c] for branch in branches))

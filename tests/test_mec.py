@@ -14,9 +14,9 @@ from versvideo.modules.mec import (
 )
 
 PARTS = {
-    "where": (lambda c: SpatialTemporalExcitation(), "spatial_temporal_mask"),
-    "which": (lambda c: ChannelExcitation(c, reduction=4), "channel_mask"),
-    "when": (lambda c: MotionExcitation(c, reduction=4), "motion_mask"),
+    "spatial_temporal": (lambda c: SpatialTemporalExcitation(), "spatial_temporal_mask"),
+    "channel": (lambda c: ChannelExcitation(c, reduction=4), "channel_mask"),
+    "motion": (lambda c: MotionExcitation(c, reduction=4), "motion_mask"),
     "mec": (lambda c: MultiExcitationConv(c, reduction=4, share=1 / 4),
             "multi_excitation"),
 }
@@ -56,7 +56,7 @@ def test_equals_its_equation(name, shape):
     assert max(compare(name, clip(*shape))) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["where", "which", "when"])
+@pytest.mark.parametrize("name", ["spatial_temporal", "channel", "motion"])
 def test_masks_of_one_frame(name):
     assert max(compare(name, clip(2, 8, 1, 3, 3))) < 1e-9
 
@@ -106,29 +106,29 @@ MUTANTS = {
     "temporal kernel causal": ("mec", "at(x[b, c], t + k - 1)", "at(x[b, c], t + k - 2)"),
     "gates without the identity": ("mec", "return z + z * mask", "return z * mask"),
     "masks from the unshifted clip": (
-        "mec", 'motion_mask(z, part(p, "when"))', 'motion_mask(x, part(p, "when"))'),
+        "mec", 'motion_mask(z, part(p, "motion"))', 'motion_mask(x, part(p, "motion"))'),
     "excites the unshifted clip": ("mec", "branches = [excite(z, ", "branches = [excite(x, "),
     "factorized path shifted": ("mec", "spatial(x, part", "spatial(z, part"),
     "a branch left out": (
-        "mec", 'excite(z, channel_mask(z, part(p, "which"))),', ""),
+        "mec", 'excite(z, channel_mask(z, part(p, "channel"))),', ""),
     "no scale": ("mec", ' + p["scale"][c, 0, 0, 0] * sum(', " + sum("),
-    "M_S pools time": ("where", "sum(z[b, c, t] for c in range(C))",
+    "M_S pools time": ("spatial_temporal", "sum(z[b, c, t] for c in range(C))",
                        "sum(z[b, c].mean(0) for c in range(C))"),
-    "M_S sums": ("where", "sum(z[b, c, t] for c in range(C)) / C",
+    "M_S sums": ("spatial_temporal", "sum(z[b, c, t] for c in range(C)) / C",
                  "sum(z[b, c, t] for c in range(C))"),
-    "M_S without past": ("where", "for k in range(3)]\n        return sigmoid",
+    "M_S without past": ("spatial_temporal", "for k in range(3)]\n        return sigmoid",
                          "for k in range(1, 3)]\n        return sigmoid"),
-    "M_C pools time": ("which", "z[b, c, t].sum() / z[b, c, t].numel()", "z[b, c].mean()"),
-    "M_C pools channels": ("which", "z[b, c, t].sum() / z[b, c, t].numel()", "z[b, :, t].mean()"),
-    "M_C time reversed": ("which", "at(c2[b, i], t + k - 1)", "at(c2[b, i], t - k + 1)"),
-    "sum instead of difference": ("when", "k_2d) - q[t - 1]", "k_2d) + q[t - 1]"),
-    "difference reversed": ("when", "filter3x3(q[t], k_2d) - q[t - 1]",
+    "M_C pools time": ("channel", "z[b, c, t].sum() / z[b, c, t].numel()", "z[b, c].mean()"),
+    "M_C pools channels": ("channel", "z[b, c, t].sum() / z[b, c, t].numel()", "z[b, :, t].mean()"),
+    "M_C time reversed": ("channel", "at(c2[b, i], t + k - 1)", "at(c2[b, i], t - k + 1)"),
+    "sum instead of difference": ("motion", "k_2d) - q[t - 1]", "k_2d) + q[t - 1]"),
+    "difference reversed": ("motion", "filter3x3(q[t], k_2d) - q[t - 1]",
                             "q[t - 1] - filter3x3(q[t], k_2d)"),
-    "K filters the earlier frame": ("when", "filter3x3(q[t], k_2d) - q[t - 1]",
+    "K filters the earlier frame": ("motion", "filter3x3(q[t], k_2d) - q[t - 1]",
                                     "q[t] - filter3x3(q[t - 1], k_2d)"),
-    "first difference zero, not last": ("when", "[*pooled, z.new_zeros(())]",
+    "first difference zero, not last": ("motion", "[*pooled, z.new_zeros(())]",
                                         "[z.new_zeros(()), *pooled]"),
-    "pooled by sum": ("when", "difference.sum() / (H * W)", "difference.sum()"),
+    "pooled by sum": ("motion", "difference.sum() / (H * W)", "difference.sum()"),
 }
 
 

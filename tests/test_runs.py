@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_notebook import defaults, leave_out_paths, parameter_cells, parse
 
-from versvideo.lab.results import read_runs
+from versvideo.lab.results import RENAMED_PARAMETERS, read_runs
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
@@ -47,7 +47,8 @@ def result_faults(path: Path, notebooks: Path) -> list[str]:
         faults.append("the run failed")
     source = notebooks / f"{path.stem.split('-')[0]}.ipynb"
     known = defaults(parameter_cells(nbformat.read(source, as_version=4))[0].source)
-    if unknown := record.get("parameters", {}).keys() - known.keys():
+    given = {RENAMED_PARAMETERS.get(name, name) for name in record.get("parameters", {})}
+    if unknown := given - known.keys():
         faults.append(f"unknown parameters: {', '.join(sorted(unknown))}")
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
     first = next((i for i, t in enumerate(tags) if "parameters" in t), None)

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from versvideo.core.prefetch import made_ahead
+from versvideo.core.prefetch import prefetch
 from versvideo.data.batches import LatentBatches, tensor_sample
 from versvideo.data.shards import write_shards
 from versvideo.models.image_vae import build_vae
@@ -32,7 +32,7 @@ from versvideo.models.saving import change_config
 from versvideo.models.unet import VersVideoUNet
 from versvideo.trainers import checkpoints, distributed, loading
 from versvideo.trainers.batches import draw_latents, is_image_batch
-from versvideo.trainers.checkpoints import Parts
+from versvideo.trainers.checkpoints import TrainState
 from versvideo.trainers.config import FitConfig
 from versvideo.trainers.distributed import process_group
 from versvideo.trainers.loading import base_of, cached_latents, load_frozen
@@ -64,10 +64,10 @@ def build_unet(seed=0):
     return VersVideoUNet(**UNET)
 
 
-def latent_batch(step, turn):
+def latent_batch(step, batch_index):
     "Clips, or images when it is their turn."
-    g = torch.Generator().manual_seed(turn)
-    image = is_image_batch(step, turn, 1, 0.5)
+    g = torch.Generator().manual_seed(batch_index)
+    image = is_image_batch(step, batch_index, 1, 0.5)
     return dict(latents=torch.randn(2, 4, 1 if image else 3, 4, 4, generator=g),
                 text=torch.randn(2, 3, 6, generator=g))
 
@@ -92,10 +92,10 @@ class Killed(Exception):
 
 
 def dies_at(step, batch_fn):
-    def batch(now, turn):
+    def batch(now, batch_index):
         if now == step:
             raise Killed
-        return batch_fn(now, turn)
+        return batch_fn(now, batch_index)
     return batch
 
 
@@ -143,7 +143,7 @@ def test_fit_is_adamw_by_hand(ema, clip):
     model = nn.Linear(3, 3, bias=False).double()
     w, mean = by_hand(FitConfig(**vars(cfg) | {"ema_decay": 0.6}), model.weight.detach(), data)
     fit(cfg, model, lambda m, b: {"loss": (m(b["x"]) - b["y"]).square().mean()},
-        lambda step, turn: dict(x=data[step, 0], y=data[step, 1]))
+        lambda step, batch_index: dict(x=data[step, 0], y=data[step, 1]))
     got = model.weight.detach()
     assert not model.training
     assert (got - (mean if ema else w)).abs().max() < 1e-9
@@ -199,7 +199,7 @@ def test_loss_sees_a_new_seed_every_step_whatever_came_before():
             seen.append(torch.rand(()).item())
             return {"loss": m(batch["x"]).square().mean()}
 
-        def batch(step, turn):
+        def batch(step, batch_index):
             torch.rand(waste)
             return dict(x=torch.full((1, 2), 1. + step))
 
@@ -215,7 +215,7 @@ def test_curve_is_the_mean_since_the_last_row():
     values = [1., 2., 6., 4., 5., 9., 7.]
     log = fit(numbers(), nn.Linear(1, 1), lambda m, b: {
         "loss": m(b["x"]).mean() * 0 + b["x"].mean(), "twice": 2 * b["x"].mean()},
-        lambda step, turn: dict(x=torch.full((1, 1), values[step])))
+        lambda step, batch_index: dict(x=torch.full((1, 1), values[step])))
     assert [row["step"] for row in log.rows] == [3, 6, 7]
     assert [row["loss"] for row in log.rows] == [3, 6, 7]
     assert [row["twice"] for row in log.rows] == [6, 12, 14]
@@ -246,13 +246,13 @@ def test_resume_needs_all_that_is_saved(tmp_path, forgotten, monkeypatch):
     want, _ = train()
     with pytest.raises(Killed):
         train(tmp_path, dies_at(4, latent_batch))
-    restore = Parts.restore
+    restore = TrainState.restore
 
     def forgetful(self, found):
         now = self.collect()
         restore(self, found | {k: v for k, v in now.items() if k == forgotten})
 
-    monkeypatch.setattr(Parts, "restore", forgetful)
+    monkeypatch.setattr(TrainState, "restore", forgetful)
     if forgotten == "schedule":
         monkeypatch.setattr("torch.optim.lr_scheduler.LambdaLR.load_state_dict", lambda *a: None)
     got, _ = train(tmp_path)
@@ -335,15 +335,15 @@ def test_two_newest_checkpoints_are_kept(tmp_path):
 def test_nan_loss_stops_and_leaves_the_last_checkpoint(tmp_path):
     want, _ = train()
 
-    def broken(step, turn):
-        batch = latent_batch(step, turn)
+    def broken(step, batch_index):
+        batch = latent_batch(step, batch_index)
         return batch | {"latents": batch["latents"] * float("nan")} if step == 5 else batch
 
     with pytest.raises(RuntimeError, match=r"loss is nan at step 5: lower lr=0\.01"):
         train(tmp_path, broken, skips=0)
     assert names(tmp_path) == ["bad.json", "step-000003"]
     assert json.loads((tmp_path / "bad.json").read_text()) == [
-        dict(step=5, turns=[5, 5], fault="loss is nan", seed=0)]
+        dict(step=5, batches_seen=[5, 5], fault="loss is nan", seed=0)]
     assert all(w.isfinite().all()
                for w in load_file(tmp_path / "step-000003/model.safetensors").values())
     got, _ = train(tmp_path)
@@ -357,7 +357,7 @@ def test_nan_gradient_of_a_finite_loss_stops_before_the_weights_are_nan(tmp_path
     model = nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match="gradient is nan at step 4"):
         fit(numbers(save_every=1, skips=0), model, loss,
-            lambda step, turn: dict(x=torch.full((1, 1), float(step != 4))), tmp_path)
+            lambda step, batch_index: dict(x=torch.full((1, 1), float(step != 4))), tmp_path)
     assert model.weight.isfinite().all()
     assert names(tmp_path) == ["bad.json", "step-000003", "step-000004"]
 
@@ -365,8 +365,8 @@ def test_nan_gradient_of_a_finite_loss_stops_before_the_weights_are_nan(tmp_path
 @pytest.mark.filterwarnings("ignore:the loss is")
 def test_bad_steps_are_left_out_and_counted_over_a_stop(tmp_path):
     "As if they had not been, but for their place in the schedule; a stop forgets none of them."
-    def broken(step, turn):
-        batch = latent_batch(step, turn)
+    def broken(step, batch_index):
+        batch = latent_batch(step, batch_index)
         return batch | {"latents": batch["latents"] * float("nan")} if step in (2, 5) else batch
 
     want, rows = train(tmp_path / "whole", broken, steps=8)
@@ -540,8 +540,8 @@ def worker(folder, name, kind="ddp", batch_fn=latent_batch, minutes=10, **change
     (folder / f"{name}-{rank}.json").write_text(json.dumps(rows))
 
 
-def double_batch(step, turn):
-    return {name: value.double() for name, value in latent_batch(step, turn).items()}
+def double_batch(step, batch_index):
+    return {name: value.double() for name, value in latent_batch(step, batch_index).items()}
 
 
 def alone(folder, **changes):
@@ -584,9 +584,9 @@ def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
     seen = tmp_path / "seen"
     seen.mkdir()
 
-    def noted(step, turn):
-        (seen / f"{step}-{turn}").touch()
-        return double_batch(step, turn)
+    def noted(step, batch_index):
+        (seen / f"{step}-{batch_index}").touch()
+        return double_batch(step, batch_index)
 
     codes = ends(as_processes(2, partial(worker, tmp_path, "run", kind, dies_at(5, noted), **more)))
     assert codes == [3, 3] and (tmp_path / "run/step-000003").is_dir()
@@ -608,10 +608,10 @@ def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_others(tmp_path, how):
     "Killed, or hanging: the other one says so, within the time it was given."
-    def dying(step, turn):
-        if step == 5 and turn % 2:
+    def dying(step, batch_index):
+        if step == 5 and batch_index % 2:
             os.kill(os.getpid(), how)
-        return double_batch(step, turn)
+        return double_batch(step, batch_index)
 
     processes = as_processes(2, partial(worker, tmp_path, "run", "ddp", dying, minutes=0.1))
     processes[0].join(60)
@@ -633,10 +633,10 @@ def test_processes_with_folders_of_their_own_are_refused(tmp_path):
 
 
 def test_one_process_asked_to_stop_stops_all(tmp_path):
-    def asked(step, turn):
-        if turn == 9:
+    def asked(step, batch_index):
+        if batch_index == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return double_batch(step, turn)
+        return double_batch(step, batch_index)
 
     assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked))) == [0, 0]
     assert names(tmp_path / "run") == ["step-000003", "step-000005"]
@@ -646,7 +646,7 @@ def test_one_process_asked_to_stop_stops_all(tmp_path):
 @pytest.mark.parametrize("fails", [False, True])
 def test_makers_left_in_the_middle_end_with_the_process_they_serve(fails):
     def leaves_them():
-        unfinished.append(made_ahead(abs, range(9), workers=2))   # as a notebook holds them
+        unfinished.append(prefetch(abs, range(9), workers=2))   # as a notebook holds them
         assert next(unfinished[0]) == 0
         if fails:
             raise ValueError
@@ -657,11 +657,11 @@ def test_makers_left_in_the_middle_end_with_the_process_they_serve(fails):
 
 def test_makers_outlive_a_signal_and_change_nothing(tmp_path):
     "A scheduler signals every process of a job; what makes batches ahead serves until all is saved."
-    def asked(step, turn):
-        if turn == 9:
+    def asked(step, batch_index):
+        if batch_index == 9:
             os.kill(os.getppid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        return double_batch(step, turn)
+        return double_batch(step, batch_index)
 
     assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked, workers=1))) == [0, 0]
     assert (tmp_path / "run/step-000003").is_dir()
@@ -710,13 +710,13 @@ def test_every_process_validates_its_share(tmp_path, kind):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("every", [2, 4])
 def test_image_batches_have_their_share(world, every):
-    turns = [[is_image_batch(step, step * world + rank, 5, 1 / every) for rank in range(world)]
+    batches_seen = [[is_image_batch(step, step * world + rank, 5, 1 / every) for rank in range(world)]
              for step in range(5, 5 + 12 * every)]
-    assert sum(map(sum, turns)) == 12 * world
+    assert sum(map(sum, batches_seen)) == 12 * world
     assert all(is_image_batch(step, step * world + rank, 5, 1 / every)
                for step in range(5) for rank in range(world))
     if world % every == 0:
-        assert all(sum(turn) == world // every for turn in turns)
+        assert all(sum(batch_index) == world // every for batch_index in batches_seen)
 
 
 def test_draw_latents():
@@ -816,10 +816,10 @@ def test_shards_teach_what_pixels_teach(vae, tmp_path):
     write_shards(make, 9, tmp_path / "shards", 4)
     batches = LatentBatches(tmp_path / "shards", 2, fraction=0.5)
 
-    def from_pixels(step, turn):
-        image = is_image_batch(step, turn, 1, 0.5)
-        g = torch.Generator().manual_seed(turn)
-        clips = batches.numbers(turn, image)
+    def from_pixels(step, batch_index):
+        image = is_image_batch(step, batch_index, 1, 0.5)
+        g = torch.Generator().manual_seed(batch_index)
+        clips = batches.numbers(batch_index, image)
         said = [int(torch.randint(2, (), generator=g)) for _ in clips]
         z = torch.cat([encode_clips(vae, world.clips[i:i + 1]) for i in clips])
         if image:
@@ -828,7 +828,7 @@ def test_shards_teach_what_pixels_teach(vae, tmp_path):
         text = [embeddings[i, k] for i, k in zip(clips, said, strict=True)]
         return dict(latents=z, text=torch.stack(text))
 
-    ours, rows = train(batch_fn=lambda step, turn: batches(turn, is_image_batch(step, turn, 1, 0.5)))
+    ours, rows = train(batch_fn=lambda step, batch_index: batches(batch_index, is_image_batch(step, batch_index, 1, 0.5)))
     theirs, others = train(batch_fn=from_pixels)
     assert far(ours, theirs) < 1e-6 and far(ours, build_unet()) > 1e-3
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in others])

@@ -21,7 +21,7 @@ TINY = dict(in_channels=4, block_out_channels=(16, 32), layers_per_block=1,
             norm_groups=8, sample_size=(3, 6, 6))
 
 
-TEMPORAL = ("temporal", "scale", "where", "which", "when")
+TEMPORAL = ("temporal", "scale", "spatial_temporal", "channel", "motion")
 
 
 def mixes_frames(name):

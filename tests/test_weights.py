@@ -1,11 +1,15 @@
 """Other people's weights: where they are read from, and that a misfit changes nothing."""
 
 import copy
+import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
+from safetensors.torch import load_file
 
+from versvideo.core.files import WEIGHTS
 from versvideo.models.pretrained import (
     adapter_config,
     load_image_unet,
@@ -113,3 +117,32 @@ def test_reports_name_every_key():
 def test_source_that_is_nowhere(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="(?s)nope holds no .* as safetensors.*give its folder"):
         load(video_unet(image_unet()), tmp_path / "nope")
+
+
+# Of the values as they were trained, whatever the parameters are called.
+VALUES = {
+    "classifier": "c346e9fc509f94e2dbd0cdce8d0b96d8be95c88a3d803a9ea71d1ec6765161c9",
+    "controlnet": "8b17bcecc39489d54bc459a0083a22b13b71df753bd95707d959bc4dcddbcce6",
+    "image_encoder": "cdf8c63cc4035b340ff099efb53d09f20544653ebf5864fc9452f71b2aa44a1e",
+    "image_vae": "e1705d18f20b126c919684dcabd98dfd8256fd32541d0fac89a23c6804369efd",
+    "style_adapter": "ba8c2f976f0806edd59aeeaadec8c5cce0afa894bbe532c900d3f4449260ab0c",
+    "text_encoder": "50eaf044b51f8d49f87021770a75640696943d70f4108b7a23c848c61775f651",
+    "unet": "eef2d33a804dbf0f212ed0da9afbebc3dc34a0ca8fbf94b316ba052dc98a03ae",
+    "vae": "8cfca7f8051c64dac2e01e9043ff9f2591e6dbf1db59c80addbbd6f8d13cd989",
+}
+
+
+def digest_of_values(path: Path) -> str:
+    "Checksum of the tensors of a file that does not depend on their names or order."
+    each = [hashlib.sha256(f"{v.dtype} {tuple(v.shape)}".encode()
+                           + v.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            for v in load_file(path).values()]
+    return hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("part", VALUES)
+def test_renamed_parameters_keep_their_values(part):
+    "The excitations were called where, which and when; renaming them changed no number."
+    path, = (WEIGHTS / "XS" / part).glob("*.safetensors")
+    assert digest_of_values(path) == VALUES[part]
+    assert not {"where", "which", "when"} & {word for key in load_file(path) for word in key.split(".")}

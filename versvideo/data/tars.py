@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .entries import PICTURES, Entry, need_folder
-from .tables import told
+from .tables import read_sidecar
 
 # %% ../../nbs/data/tars.ipynb #tars-04
 LEADS_OUT = re.compile(r"\\|^/|(^|/)\.\.(/|$)", re.M)   # In a path
@@ -74,7 +74,7 @@ def read_image_shards(
                 continue
             entry = Entry(
                 tar / name,
-                **told(*(read_member(tar, members, str(name.with_suffix(end))) for end in (".txt", ".json"))),
+                **read_sidecar(*(read_member(tar, members, str(name.with_suffix(end))) for end in (".txt", ".json"))),
             )
             (found if entry.captions else silent).append(entry)
     if bad:

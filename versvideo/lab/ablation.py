@@ -34,7 +34,7 @@ from ..models.sizes import SIZES
 from ..models.tokenizer import tokenize
 from ..models.unet import VersVideoUNet
 from ..pipelines.text_to_video import VersVideoPipeline
-from ..trainers.batches import draw_latents, is_image_batch, turn_seed
+from ..trainers.batches import draw_latents, is_image_batch, batch_seed
 from ..trainers.config import FitConfig
 from ..trainers.distributed import process_group
 from ..trainers.loading import cached_latents, load_frozen
@@ -176,9 +176,9 @@ def train_variant(variant: Variant, seed: int, budget: Budget, folder: Path) -> 
     set_seed(seed)
     unet = build(variant, budget)
 
-    def batches(step, turn):
-        g = torch.Generator().manual_seed(turn_seed(seed, turn))
-        x, index = draw_latents(latents, cfg.batch_size, is_image_batch(step, turn, cfg.steps // 4), g)
+    def batches(step, batch_index):
+        g = torch.Generator().manual_seed(batch_seed(seed, batch_index))
+        x, index = draw_latents(latents, cfg.batch_size, is_image_batch(step, batch_index, cfg.steps // 4), g)
         ids = texts[index, torch.randint(texts.shape[1], (len(index),), generator=g)]
         ids[torch.rand(len(index), generator=g) < 0.1] = no_text
         return dict(latents=x, ids=ids)

@@ -42,7 +42,7 @@ class Protocol:
     steps: int  # Of it
     guidance: float  # Scale
     seed: int  # Of clips, captions and noise
-    notes: str = ""  # Parts of an inception score, which captions, …
+    notes: str = ""  # TrainState of an inception score, which captions, …
     versions: dict = field(default_factory=dict, compare=False)  # Of the packages
 
     def differs(self, other: "Protocol") -> list:

@@ -21,7 +21,7 @@ from transformers import (
 
 from ..core.checks import pick
 from ..core.files import atomic_path
-from ..core.machine import where
+from ..core.machine import execution_device
 from .tokenizer import tokenize
 
 # %% ../../nbs/models/text.ipynb #text-08
@@ -78,7 +78,7 @@ def encode_text(
     prompts: str | list[str],  # One prompt or several
 ) -> torch.Tensor:  # `b n d`, on the encoder's device
     "Tokens that condition the UNet: the last layer after its norm, padding included, no mask."
-    ids = tokenize(tokenizer, prompts).to(where(text_encoder))
+    ids = tokenize(tokenizer, prompts).to(execution_device(text_encoder))
     return text_encoder(input_ids=ids).last_hidden_state
 
 # %% ../../nbs/models/text.ipynb #text-21
@@ -114,7 +114,7 @@ def embed_text(
     prompts: str | list[str],  # One text or several
 ) -> torch.Tensor:  # `b d`, of length 1
     "One unit vector a text."
-    ids = tokenize(tokenizer, prompts).to(where(text_encoder))
+    ids = tokenize(tokenizer, prompts).to(execution_device(text_encoder))
     return F.normalize(text_encoder(input_ids=ids).text_embeds, dim=-1)
 
 # %% ../../nbs/models/text.ipynb #text-26
@@ -125,7 +125,7 @@ def embed_frames(
     normal: tuple | None = None,  # Of `preprocess_frames`
 ) -> torch.Tensor:  # `b t d`, of length 1
     "One unit vector a frame."
-    pixels = preprocess_frames(clips, image_encoder.config.image_size, normal).to(where(image_encoder))
+    pixels = preprocess_frames(clips, image_encoder.config.image_size, normal).to(execution_device(image_encoder))
     frames = image_encoder(pixel_values=rearrange(pixels, "b c t h w -> (b t) c h w"))
     return rearrange(F.normalize(frames.image_embeds, dim=-1), "(b t) d -> b t d", b=len(clips))
 

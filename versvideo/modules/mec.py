@@ -100,9 +100,9 @@ class MultiExcitationConv(nn.Module):
         self.share = share
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
         self.temporal = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
-        self.where = SpatialTemporalExcitation()
-        self.which = ChannelExcitation(channels, reduction)
-        self.when = MotionExcitation(channels, reduction)
+        self.spatial_temporal = SpatialTemporalExcitation()
+        self.channel = ChannelExcitation(channels, reduction)
+        self.motion = MotionExcitation(channels, reduction)
         self.scale = nn.Parameter(torch.zeros(channels, 1, 1, 1))
         nn.init.dirac_(self.temporal.weight)
         nn.init.zeros_(self.temporal.bias)
@@ -115,7 +115,7 @@ class MultiExcitationConv(nn.Module):
     def gate(self, z):
         "What the three excited branches multiply ẑ with, together: scale ⊙ (3 + M_S + M_C + M_M)."
         scale = self.scale.to(z.dtype)   # a plain parameter, which diffusers' layerwise casting passes by
-        return torch.addcmul(scale * (3 + self.which(z) + self.when(z)), scale, self.where(z))
+        return torch.addcmul(scale * (3 + self.channel(z) + self.motion(z)), scale, self.spatial_temporal(z))
 
     def forward(self, x):
         y = self.factorized(x)

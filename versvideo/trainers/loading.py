@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..core.files import WEIGHTS, atomic_path, repo_path
-from ..core.prefetch import made_ahead
+from ..core.prefetch import prefetch
 from ..core.progress import progress
 from ..core.records import tensors_digest
 from ..models.latents import encode_clips
@@ -56,7 +56,7 @@ def cached_latents(
             if (file.metadata() or {}).get("source") == source:
                 return file.get_tensor("latents")
     with closing(
-        made_ahead(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)
+        prefetch(lambda i: world.batch(range(i, min(i + batch, clips))).clips, range(0, clips, batch), workers)
     ) as rendered:
         parts = [encode_clips(vae, part).half().cpu() for part in progress(rendered, "encode", -(-clips // batch))]
     latents = torch.cat(parts).contiguous()

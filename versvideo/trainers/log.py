@@ -23,10 +23,10 @@ from .distributed import process_group
 class Log:
     "What a run has been through: its curve, a row now and then, each the mean of what was added since the last; batches seen, steps left out."
 
-    def __init__(self, rows=(), pending=None, seconds=0.0, turns=0, bad=(), usual=(0, 0.0), best=None):
+    def __init__(self, rows=(), pending=None, seconds=0.0, batches_seen=0, bad=(), usual=(0, 0.0), best=None):
         self.rows, self.pending = list(rows), pending or {}
         self.began = time.perf_counter() - seconds
-        self.turns, self.bad, self.usual, self.best = turns, list(bad), usual, best
+        self.batches_seen, self.bad, self.usual, self.best = batches_seen, list(bad), usual, best
 
     def gathered(self):
         "What every process added since the last row."
@@ -41,7 +41,7 @@ class Log:
             rows=[{k: known(v) for k, v in row.items()} for row in self.rows],
             pending={k: [v for v in vs if math.isfinite(v)] for k, vs in self.gathered().items()},
             seconds=time.perf_counter() - self.began,
-            turns=self.turns,
+            batches_seen=self.batches_seen,
             bad=self.bad,
             usual=self.usual,
             best=self.best,

@@ -23,14 +23,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..core.prefetch import made_ahead
+from ..core.prefetch import prefetch
 from ..core.progress import progress
 from ..core.records import write_json
-from .batches import turn_seed
-from .checkpoints import Parts, load_checkpoint, save_checkpoint, whole
-from .config import FREE, FitConfig
+from .batches import batch_seed
+from .checkpoints import TrainState, load_checkpoint, save_checkpoint, gather_full
+from .config import MAY_CHANGE, FitConfig
 from versvideo.trainers.distributed import (
-    Preempted, drop_idle_gradients, naming_lost_processes, sharding, sigterm, touch,
+    Preempted, drop_idle_gradients, naming_lost_processes, sharding, sigterm, add_zero_dependency,
 )
 from .log import Log
 
@@ -49,14 +49,14 @@ class Objective(nn.Module):
         inside = {part for unit in units for part in unit.modules()}
         self.others = [m for m in model.modules() if m not in inside]
         self.hooks = [
-            unit.register_forward_hook(lambda module, given, y: touch(y, list(module.modules())))
+            unit.register_forward_hook(lambda module, given, y: add_zero_dependency(y, list(module.modules())))
             for unit in units
             if processes > 1
         ]
 
     def forward(self, batch):
         losses = self.loss_fn(self.model, batch)
-        return losses if self.processes == 1 else losses | {"loss": touch(losses["loss"], self.others)}
+        return losses if self.processes == 1 else losses | {"loss": add_zero_dependency(losses["loss"], self.others)}
 
 # %% ../../nbs/trainers/loop.ipynb #loop-06
 def parameter_groups(model, cfg, pretrained):
@@ -99,18 +99,18 @@ def prepare(cfg, model, loss_fn, pretrained, folder):
 
 # %% ../../nbs/trainers/loop.ipynb #loop-08
 def batches_from(start, log, accelerator, cfg, batch_fn):
-    "This process's batches from a step on, `(turn, batch)`, each a function of its number alone, whoever makes it."
+    "This process's batches from a step on, `(batch_index, batch)`, each a function of its number alone, whoever makes it."
 
     def make(number):
-        step, turn = number
-        set_seed(turn_seed(cfg.seed, turn))
-        return turn, batch_fn(step, turn)
+        step, batch_index = number
+        set_seed(batch_seed(cfg.seed, batch_index))
+        return batch_index, batch_fn(step, batch_index)
 
     n = cfg.accumulate
-    return made_ahead(
+    return prefetch(
         make,
         [
-            (start + i // n, log.turns + i * accelerator.num_processes + accelerator.process_index)
+            (start + i // n, log.batches_seen + i * accelerator.num_processes + accelerator.process_index)
             for i in range((cfg.steps - start) * n)
         ],
         cfg.workers,
@@ -121,20 +121,20 @@ def run_batches(accelerator, objective, cfg, batches, log) -> list:
     "Forward and backward of this process's batches of a step; what the loss gave for each."
     found = []
     for k in range(cfg.accumulate):
-        turn, batch = next(batches)
-        if cfg.workers: set_seed(turn_seed(cfg.seed, turn))   # for the noise, as where the batch was made
+        batch_index, batch = next(batches)
+        if cfg.workers: set_seed(batch_seed(cfg.seed, batch_index))   # for the noise, as where the batch was made
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with nullcontext() if k + 1 == cfg.accumulate else accelerator.no_sync(objective):   # gradients meet once
             with accelerator.autocast(): losses = objective(batch)
             accelerator.backward(losses["loss"] / cfg.accumulate)
         found.append({name: value.detach() for name, value in losses.items()})
-        log.turns += accelerator.num_processes
+        log.batches_seen += accelerator.num_processes
     return found
 
 # %% ../../nbs/trainers/loop.ipynb #loop-10
 def validated(accelerator, objective, ema, validate, model, step) -> dict:
     "Means over all processes of what `validate` gave with the averaged weights; clips go to the trackers."
-    set_seed(turn_seed(0, accelerator.process_index))  # the same noise each time; the next batch is seeded anew
+    set_seed(batch_seed(0, accelerator.process_index))  # the same noise each time; the next batch is seeded anew
     if ema:
         ema.store(objective.parameters()), ema.copy_to(objective.parameters())
     if accelerator.is_fsdp2:
@@ -188,7 +188,7 @@ def say_bad(bad: list, cfg: FitConfig, folder: Path | None):
         write_json(folder / "bad.json", bad)
     raise RuntimeError(
         f"the {bad[-1]['fault']} at step {bad[-1]['step']}: lower lr={cfg.lr} or grad_clip={cfg.grad_clip} in another folder, or go on in this one with more skips; {len(bad)} steps were bad, "
-        f"{cfg.skips} may be: batch_fn(step, turn) makes their batches again, "
+        f"{cfg.skips} may be: batch_fn(step, batch_index) makes their batches again, "
         + (f"see {folder / 'bad.json'}" if folder else f"{bad[-3:]}")
     )
 
@@ -197,7 +197,7 @@ def fit(
     cfg: FitConfig,
     model: nn.Module,  # Left holding the trained weights (their moving average if there is one), in evaluation mode
     loss_fn,  # `(model, batch) -> dict` of scalars with a "loss"
-    batch_fn,  # `(step, turn) -> dict` of tensors: batch number `turn` of the run, whatever process asks; must depend on nothing else, and draw from a generator of its own
+    batch_fn,  # `(step, batch_index) -> dict` of tensors: batch number `batch_index` of the run, whatever process asks; must depend on nothing else, and draw from a generator of its own
     folder: Path | None = None,  # Checkpoints; an interrupted run in the same folder goes on from there
     after_step=None,  # `(model) -> None`, after each optimiser step
     pretrained=(),  # Names of parameters that learn at `cfg.pretrained_share` of the rate
@@ -207,9 +207,9 @@ def fit(
     "Train on accelerate: AdamW, warm-up and cosine, clipping, moving average, checkpoints, resume; `Preempted` after SIGTERM."
     accelerator, objective, optimizer, schedule, ema = prepare(cfg, model, loss_fn, pretrained, folder)
     inner = accelerator.unwrap_model(objective)
-    parts = Parts(inner, optimizer.optimizer, ema)
+    parts = TrainState(inner, optimizer.optimizer, ema)
     numbers = json.loads(json.dumps(asdict(cfg) | (run or {})))  # as a checkpoint gives them back
-    notes = load_checkpoint(folder, parts, numbers, FREE) if folder else None
+    notes = load_checkpoint(folder, parts, numbers, MAY_CHANGE) if folder else None
     start, log = (notes["state"]["step"], Log(**notes["curve"])) if notes else (0, Log())
     starts = gather_object([start])
     if len(set(starts)) > 1:
@@ -231,17 +231,17 @@ def fit(
         closing(batches_from(start, log, accelerator, cfg, batch_fn)) as batches,
     ):
         for step in progress(range(start, cfg.steps), "train"):
-            first = log.turns
+            first = log.batches_seen
             found = run_batches(accelerator, objective, cfg, batches, log)
             drop_idle_gradients(accelerator, objective.parameters())
-            norm = whole(accelerator.clip_grad_norm_(objective.parameters(), cfg.grad_clip))
+            norm = gather_full(accelerator.clip_grad_norm_(objective.parameters(), cfg.grad_clip))
             mean = torch.stack([f["loss"] for f in found]).mean().float()
             loss, stop = accelerator.reduce(
                 torch.stack([mean, mean.new_tensor(float(bool(asked)))]), "mean"
             ).tolist()  # all processes stop, or none
             fault = log.fault(loss, norm.item(), cfg)
             if fault:
-                log.bad.append(dict(step=step, turns=[first, log.turns - 1], fault=fault, seed=cfg.seed))
+                log.bad.append(dict(step=step, batches_seen=[first, log.batches_seen - 1], fault=fault, seed=cfg.seed))
                 if accelerator.scaler:
                     accelerator.scaler.update()  # it has looked at these gradients
                 say_bad(log.bad, cfg, folder if accelerator.is_main_process else None)
@@ -309,7 +309,7 @@ def fit(
     if ema:
         ema.copy_to(objective.parameters())
     trained = (
-        {name: whole(value) for name, value in inner.model.state_dict().items()} if inner.model is not model else None
+        {name: gather_full(value) for name, value in inner.model.state_dict().items()} if inner.model is not model else None
     )
     if trained:
         model.load_state_dict(trained)

@@ -9,7 +9,7 @@ __all__ = ['caption', 'captions', 'vocabulary']
 import re
 
 from .drawing import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES
-from .motion import PANS, SIZES
+from .motion import PANS, RADII
 
 # %% ../../nbs/world/captions.ipynb #captions-05
 _ING = {"left": ("moving left", "sliding left", "going left"),
@@ -101,7 +101,7 @@ def captions(
 # %% ../../nbs/world/captions.ipynb #captions-10
 def vocabulary() -> tuple[str, ...]:
     "Every word the captions can use, sorted."
-    names = (*COLOURS, *BACKGROUNDS, *SHAPES, *STYLES, *TEXTURES, *SIZES)
+    names = (*COLOURS, *BACKGROUNDS, *SHAPES, *STYLES, *TEXTURES, *RADII)
     text = [_word(name, column) for name in names for column in range(3)]
     text += [phrase for table in (_ING, _VERB) for row in table.values() for phrase in row]
     text += [re.sub(r"{.*?}", " ", part) for row in _TEMPLATES for part in row[:2]]

@@ -14,7 +14,7 @@ import torch
 from ..core.checks import pick
 from .captions import caption, captions
 from .drawing import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Scene, render, take
-from .motion import MOTIONS, MOVES, PANS, SIZES, _follow, _integer, _mix, _texture_path
+from .motion import MOTIONS, MOVES, PANS, RADII, _follow, _integer, _mix, _texture_path
 from .splits import _DIMS, _combinations
 
 # %% ../../nbs/world/shapes.ipynb #shapes-05
@@ -22,7 +22,7 @@ def _scene(lots, frames):
     "What was drawn by lot with its geometry, ready to paint."
     s = np.linspace(0, 1, frames) if frames > 1 else np.array([0.5])
     paths = np.empty((5, *lots.motion.shape, frames))
-    size = np.array(list(SIZES.values()))[lots.size]
+    size = np.array(list(RADII.values()))[lots.size]
     for m, move in enumerate(MOVES.values()):
         b, k = np.nonzero(lots.motion == m)
         paths[:, b, k] = _follow(move, lots.key[b], k, lots.present[b, 1], size[b, k], s)
@@ -46,7 +46,7 @@ def _paint(scene, h, w, masks=0):
 # %% ../../nbs/world/shapes.ipynb #shapes-07
 def _in_words(lots):
     "The attributes of each clip."
-    tables = {"colour": list(COLOURS), "shape": SHAPES, "motion": MOTIONS, "size": list(SIZES),
+    tables = {"colour": list(COLOURS), "shape": SHAPES, "motion": MOTIONS, "size": list(RADII),
               "style": STYLES}
     return [{"objects": [{name: table[getattr(lots, name)[b, k]] for name, table in tables.items()}
                          for k in range(2) if lots.present[b, k]],
@@ -129,7 +129,7 @@ class MovingShapes:
         return SimpleNamespace(
             key=key, colour=colour, shape=shape, motion=motion, background=back, texture=texture,
             pan=_integer(key, 8, len(PANS)) * (texture > 0) * self.pan, style=style,
-            size=_integer(key[:, None], 4 + np.arange(2), len(SIZES)),
+            size=_integer(key[:, None], 4 + np.arange(2), len(RADII)),
             present=np.stack([count > 0, count > 1], 1))
 
     def attributes(
