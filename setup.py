@@ -36,7 +36,10 @@ setup(
         name: requirements(f"{name}_requirements")
         for name in ("control", "hed", "metrics", "data", "notebooks", "dev")
     },
-    packages=find_packages(include=["versvideo", "versvideo.*"]),
-    package_data={"versvideo": ["weights/**/*"]},
+    # The run notebooks ship as data: `versvideo run 20_train_unet` works without a clone.
+    packages=[*find_packages(include=["versvideo", "versvideo.*"]), "versvideo.notebooks"],
+    package_dir={"versvideo.notebooks": "nbs"},
+    entry_points={"console_scripts": ["versvideo = versvideo.cli:main"]},
+    package_data={"versvideo.notebooks": ["*.ipynb"], "versvideo": ["weights/**/*", "data/*.json"]},
     zip_safe=False,
 )
