@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -12,19 +13,22 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.utils import export_to_video
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from versvideo.media.video import read_video
 from versvideo.models.saving import save_pipeline
 from versvideo.models.sizes import SIZES
 from versvideo.models.text import ClipSize, build_clip, split_clip
 from versvideo.models.tokenizer import build_tokenizer, known_words
 from versvideo.models.unet import VersVideoUNet
-from versvideo.pipelines import text_to_video as pipeline
+from versvideo.pipelines import loading as pipeline
+from versvideo.pipelines.loading import find_pipeline, load_pipeline
 from versvideo.pipelines.schedulers import SCHEDULERS, get_scheduler
-from versvideo.pipelines.text_to_video import VersVideoPipeline, find_pipeline, load_pipeline
+from versvideo.pipelines.text_to_video import VersVideoPipeline
 
 REPO = Path(__file__).resolve().parents[1]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -122,6 +126,27 @@ def test_output_types_hold_the_same_video(pipe):
     np.testing.assert_allclose(array, videos.permute(0, 2, 3, 4, 1).numpy(), atol=1e-6)
     assert len(frames) == 1 and len(frames[0]) == 4 and isinstance(frames[0][0], Image.Image)
     assert abs(np.array(frames[0][3]) / 255 - array[0, 3]).max() <= 0.51 / 255
+
+
+@pytest.mark.parametrize("kind", [None, "np", "pil"])
+def test_diffusers_writes_the_frames(pipe, tmp_path, monkeypatch, kind):
+    if find_spec("imageio_ffmpeg") is None:   # then diffusers writes by OpenCV
+        monkeypatch.setattr("diffusers.utils.export_utils.is_imageio_available", lambda: False)
+    out = pipe("a red circle", num_frames=3, height=48, width=64, latents=noise(t=3, h=6, w=8),
+               num_inference_steps=2, output_type=kind)
+    again = read_video(Path(export_to_video(out.frames[0], str(tmp_path / "frames.mp4"))))
+    videos = pipe("a red circle", num_frames=3, height=48, width=64, latents=noise(t=3, h=6, w=8),
+                  num_inference_steps=2).videos
+    assert again.shape == (3, 3, 48, 64) and (again / 255 - videos[0]).abs().mean() < 0.05
+
+
+def test_frames_have_the_layout_of_diffusers(pipe):
+    def out(kind):
+        return pipe("a red circle", latents=noise(), num_inference_steps=2, output_type=kind)
+
+    assert out("pt").frames.shape == (1, 4, 3, 16, 16) and out("np").frames.shape == (1, 4, 16, 16, 3)
+    assert [len(video) for video in out("pil").frames] == [len(video) for video in out(None).frames] == [4]
+    assert isinstance(out(None).videos, torch.Tensor) and isinstance(out(None).frames[0][0], Image.Image)
 
 
 def test_tuple(pipe):
@@ -530,11 +555,13 @@ def test_weights_of_another_shape(copied):
         load_pipeline(copied, device="cpu")
 
 
-def test_weights_that_lack_a_tensor(copied):
-    weights = load_file(copied / UNET_WEIGHTS)
-    del weights["conv_in.bias"]
-    save_file(weights, copied / UNET_WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match="unet lacks conv_in.bias"):
+@pytest.mark.parametrize(("file", "name"), [
+    (UNET_WEIGHTS, "conv_in.bias"), (TEXT_WEIGHTS, "text_model.embeddings.position_embedding.weight")])
+def test_weights_that_lack_a_tensor(copied, file, name):
+    weights = load_file(copied / file)
+    del weights[name]
+    save_file(weights, copied / file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{file.split('/')[0]} lacks {name}"):
         load_pipeline(copied, device="cpu")
 
 

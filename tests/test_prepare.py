@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from versvideo.core.notebooks import run_cells
-from versvideo.data.batches import sample_tensors
+from versvideo.data.batches import unpack_tensors
 from versvideo.data.conditions import extract_condition
 from versvideo.data.shards import Shards
 from versvideo.media.video import write_video
@@ -20,7 +20,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def prepare(folder, *arguments: str):
-    return run_cells(REPO / "nbs/26_prepare.ipynb", [f"data={folder / 'set'}", f"out={folder / 'out'}", "size=smoke", "workers=1", *arguments])
+    return run_cells(
+        REPO / "nbs/26_prepare.ipynb",
+        [f"data={folder / 'set'}", f"out={folder / 'out'}", "size=smoke", "workers=1", *arguments],
+    )
 
 
 def reported(path) -> dict:
@@ -36,7 +39,9 @@ def folder(tmp_path):
 
 def add_video(folder, name: str, frames: int, fps: float):
     "Frame i has the brightness i / frames."
-    write_video(torch.linspace(-1, 1, frames).view(1, -1, 1, 1).expand(3, -1, 32, 32), folder / "set" / f"{name}.mp4", fps)
+    write_video(
+        torch.linspace(0, 1, frames).view(1, -1, 1, 1).expand(3, -1, 32, 32), folder / "set" / f"{name}.mp4", fps
+    )
     (folder / "set" / f"{name}.txt").write_text(f"clip {name}")
 
 
@@ -45,14 +50,17 @@ def test_tars_of_pictures_are_prepared_and_bad_ones_reported_through_a_resume(fo
     Image.new("RGB", (40, 48), "red").save(picture, "JPEG")
     with tarfile.open(folder / "set" / "00000.tar", "w") as tar:
         for i in range(6):
-            for name, data in ((f"{i}.jpg", b"none" if i in (1, 4) else picture.getvalue()), (f"{i}.txt", b"a red wall")):
+            for name, data in (
+                (f"{i}.jpg", b"none" if i in (1, 4) else picture.getvalue()),
+                (f"{i}.txt", b"a red wall"),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     prepare(folder, "per_shard=3")
     shards, made = Shards(folder / "out"), {path.name: path.read_bytes() for path in (folder / "out").glob("*.tar")}
     assert [shards[i]["__key__"] for i in range(len(shards))] == ["00000000", "00000002", "00000003", "00000005"]
-    assert sample_tensors(shards[0])["latents"].shape[1] == 1 and shards[0]["txt"] == b"a red wall"
+    assert unpack_tensors(shards[0])["latents"].shape[1] == 1 and shards[0]["txt"] == b"a red wall"
     both = reported(folder / "out" / "bad.json")
     assert list(both) == ["1.jpg", "4.jpg"] and reported(folder / "out" / "bad-000001.json").keys() == {"4.jpg"}
     for name in ("shard-000001.tar", "shard-000001.json"):
@@ -69,7 +77,10 @@ def test_a_run_that_too_many_bad_files_stop_leaves_their_report(folder):
         (folder / "set" / f"{i:03d}.txt").write_text("a clip")
     with pytest.raises(RuntimeError, match="too many bad files, more than 10%"):
         prepare(folder, "per_shard=60")
-    assert len(reported(folder / "out" / "bad-000000.json")) == 60 and len(reported(folder / "out" / "bad-000001.json")) == 40
+    assert (
+        len(reported(folder / "out" / "bad-000000.json")) == 60
+        and len(reported(folder / "out" / "bad-000001.json")) == 40
+    )
 
 
 def test_videos_of_two_rates_become_clips_of_one(folder):
@@ -79,7 +90,7 @@ def test_videos_of_two_rates_become_clips_of_one(folder):
     prepare(folder, "fps=4")
     assert reported(folder / "out" / "bad.json") == {"too short.mp4": "too short"}
     shards = Shards(folder / "out")
-    slow, swift = (sample_tensors(shards[i])["latents"].float() for i in range(2))
+    slow, swift = (unpack_tensors(shards[i])["latents"].float() for i in range(2))
     assert (slow - swift).abs().mean() < 0.1 * (slow - slow.flip(1)).abs().mean()
     with pytest.raises(ValueError, match="not both"):
         prepare(folder, "fps=4", "stride=2")
@@ -92,7 +103,9 @@ def test_a_controlnet_is_trained_on_what_was_prepared(folder):
     prepare(folder)
 
     def train(*arguments: str):
-        return run_cells(REPO / "nbs/22_train_controlnet.ipynb", [f"data={folder / 'out'}", "conditions=image,softedge", *arguments])
+        return run_cells(
+            REPO / "nbs/22_train_controlnet.ipynb", [f"data={folder / 'out'}", "conditions=image,softedge", *arguments]
+        )
 
     run = train(f"out={folder / 'control'}")
     assert json.loads((folder / "control/config.json").read_text())["shards"] == run.shards.digest
@@ -102,7 +115,7 @@ def test_a_controlnet_is_trained_on_what_was_prepared(folder):
     maps = run.make_conditions(clips, batch["given"].tolist(), {})
     assert torch.equal(maps["softedge"], extract_condition("softedge", clips))
     assert maps["image"][:, 3].mean() == len(batch["given"]) / clips.shape[2]
-    with pytest.raises(ValueError, match="name a depth_model, or leave depth out"):
+    with pytest.raises(ValueError, match="condition_models=depth=FOLDER, or leave depth out"):
         train("conditions=image,depth")
     made = folder / "out/made.json"
     text = json.loads(made.read_text())

@@ -6,17 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from run_notebook import defaults, leave_out_paths, parameter_cells, parse
 
+from versvideo.core.notebooks import declared_parameters, parse_arguments, remove_machine_paths
+from versvideo.lab import maintain
 from versvideo.lab.results import RENAMED_PARAMETERS, read_runs
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
 RESULTS = sorted([*(REPO / "results").glob("*.ipynb"), *(REPO / "results").glob("[a-z]*/*.ipynb")])
+
+
+def parameter_cells(notebook: nbformat.NotebookNode) -> list:
+    return [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
 
 
 def run_of(path: Path) -> str:
@@ -30,7 +34,7 @@ def notebook_faults(path: Path) -> list[str]:
     if len(cells) != 1:
         return [f"{len(cells)} cells are tagged parameters, not 1"]
     try:
-        defaults(cells[0].source)
+        declared_parameters(cells[0].source)
     except (ValueError, SyntaxError) as error:
         return [f"the parameters are not literals: {error}"]
     return []
@@ -46,7 +50,7 @@ def result_faults(path: Path, notebooks: Path) -> list[str]:
     if record.get("exception"):
         faults.append("the run failed")
     source = notebooks / f"{path.stem.split('-')[0]}.ipynb"
-    known = defaults(parameter_cells(nbformat.read(source, as_version=4))[0].source)
+    known = declared_parameters(parameter_cells(nbformat.read(source, as_version=4))[0].source)
     given = {RENAMED_PARAMETERS.get(name, name) for name in record.get("parameters", {})}
     if unknown := given - known.keys():
         faults.append(f"unknown parameters: {', '.join(sorted(unknown))}")
@@ -179,20 +183,19 @@ def test_missing_records_are_caught(tmp_path):
 def test_parameters_take_the_type_of_their_default():
     known = {"prompt": "", "steps": 0, "guidance": 1.5, "fast": False}
     given = ["prompt=3 = $three", "steps=7", "guidance=2", "fast=True"]
-    assert parse(given, known) == {
+    assert parse_arguments(given, known) == {
         "prompt": "3 = $three", "steps": 7, "guidance": 2.0, "fast": True}
     with pytest.raises(ValueError, match="did you mean 'steps'"):
-        parse(["stepps=7"], known)
+        parse_arguments(["stepps=7"], known)
     with pytest.raises(ValueError, match="guidance='abc': give a value like 1.5"):
-        parse(["guidance=abc"], known)
+        parse_arguments(["guidance=abc"], known)
     with pytest.raises(ValueError, match="fast='yes': give True or False"):
-        parse(["fast=yes"], known)
+        parse_arguments(["fast=yes"], known)
 
 
 def run_notebook(notebook: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
-    script = REPO / "tests" / "run_notebook.py"
-    return subprocess.run([sys.executable, script, notebook, output, *arguments],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "versvideo", "run", notebook, "--out", output, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_run_writes_the_executed_notebook(tmp_path, notebook):
@@ -205,7 +208,7 @@ def test_run_writes_the_executed_notebook(tmp_path, notebook):
 def test_folders_of_the_machine_are_left_out():
     cell = new_code_cell(outputs=[new_output("stream", text=f"{sys.prefix}/lib/x.py and {REPO}/nbs"),
                                   new_output("display_data", data={"image/png": "/"})])
-    leave_out_paths(new_notebook(cells=[cell]))
+    remove_machine_paths(new_notebook(cells=[cell]))
     assert cell.outputs[0].text == ".venv/lib/x.py and ./nbs"
 
 
@@ -221,6 +224,28 @@ def test_failed_run_says_why_and_leaves_nothing(tmp_path, notebook, argument, me
     assert not list(tmp_path.glob("out/*"))
 
 
+# Plain papermill is as strict: every run notebook checks what it was given.
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_run_notebook_checks_its_parameters(path):
+    "The first code cell after the parameters, where papermill's own cell comes between them."
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    tagged, = (i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    assert cells[tagged + 1].source.split("\n\n") == [
+        "from versvideo.core.notebooks import check_parameters", "check_parameters()"]
+
+
+@pytest.mark.parametrize(("parameter", "value", "message"), [
+    ("stepz", "4", "did you mean 'steps'"),
+    ("steps", "4x", "steps='4x' is a str, declared is 0: give a value like 0"),
+    ("data", "3", "papermill takes it as text by -r data 3"),
+])
+def test_papermill_refuses_what_is_not_declared(tmp_path, parameter, value, message):
+    papermill = Path(sys.executable).parent / "papermill"
+    done = subprocess.run([papermill, REPO / "nbs/20_train_unet.ipynb", tmp_path / "out.ipynb", "-p", parameter, value],
+                          cwd=REPO, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr
+
+
 # A run again.
 def test_what_drifted_is_named(tmp_path, monkeypatch, capsys):
     record = tmp_path / "results/33_judge-XS-s0/metrics.json"
@@ -229,15 +254,15 @@ def test_what_drifted_is_named(tmp_path, monkeypatch, capsys):
     for command in (["init", "-q"], ["add", "."],
                     ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(check, "REPO", tmp_path)
+    monkeypatch.setattr(maintain, "repo_path", tmp_path.joinpath)
     record.write_text(json.dumps({"colour": 0.91, "seconds": 9.0}))
-    check.drift()
+    maintain.compare_with_commit()
     assert "33_judge-XS-s0: no numbers drifted" in capsys.readouterr().out
     record.write_text(json.dumps({"colour": 0.7, "seconds": 3.0}))
-    with pytest.raises(SystemExit, match="33_judge-XS-s0: colour was 0.9, is 0.7"):
-        check.drift("33_judge-XS-s0")
+    with pytest.raises(ValueError, match="33_judge-XS-s0: colour was 0.9, is 0.7"):
+        maintain.compare_with_commit("33_judge-XS-s0")
 
 
 def test_a_run_that_is_not_there_is_not_made_again():
-    with pytest.raises(SystemExit, match="ONLY='33_judge' is not a run.*33_judge-XS-s0"):
-        check.again("33_judge")
+    with pytest.raises(ValueError, match="'33_judge' is not a run.*33_judge-XS-s0"):
+        maintain.run_again("33_judge")

@@ -22,12 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from versvideo.core.files import WEIGHTS
 from versvideo.media.video import write_video
 from versvideo.metrics.benchmark import benchmark
-from versvideo.metrics.collect import collect, collected
+from versvideo.metrics.collect import collect, load_collected
 from versvideo.metrics.distances import Statistics, frechet_distance
-from versvideo.metrics.evaluate import scores_of
+from versvideo.metrics.evaluate import compute_scores
 from versvideo.metrics.features import load_extractor
 from versvideo.metrics.networks import Extractor
-from versvideo.metrics.peers import clips_of, collect_models, load_peer
+from versvideo.metrics.peers import clip_maker, collect_models, load_peer
 from versvideo.metrics.protocol import score_table
 from versvideo.models.text import load_clip
 from versvideo.trainers.loading import load_trained
@@ -40,7 +40,7 @@ SCRIPT = """
 import sys, torch
 from accelerate import PartialState
 from versvideo.metrics.features import Extractor
-from versvideo.metrics.evaluate import collect
+from versvideo.metrics.collect import collect
 from versvideo.world.shapes import MovingShapes
 
 class Mean(Extractor):
@@ -81,14 +81,14 @@ def test_two_processes_collect_what_one_does_and_go_on_where_one_failed(tmp_path
     script = tmp_path / "collect.py"
     script.write_text(SCRIPT)
     world = MovingShapes("test", frames=4, size=32)
-    alone = collected(collect(dict(mean=Mean()), lambda n: world.batch(n).clips, 11, tmp_path / "one", 2),
+    alone = load_collected(collect(dict(mean=Mean()), lambda n: world.batch(n).clips, 11, tmp_path / "one", 2),
                       "mean features")
     failed = two_processes(script, tmp_path / "two", fails=1)
     assert failed.returncode and "killed in the middle" in failed.stderr
     assert 0 < len(list((tmp_path / "two").glob("part-*"))) < 6
     done = two_processes(script, tmp_path / "two", fails=-1)
     assert not done.returncode, done.stderr[-2000:]
-    assert torch.equal(collected(tmp_path / "two", "mean features"), alone)
+    assert torch.equal(load_collected(tmp_path / "two", "mean features"), alone)
     halves = Statistics(alone[:5]) + Statistics(alone[5:])
     assert abs(frechet_distance(halves, alone + 1) - frechet_distance(alone, alone + 1)) < 1e-10
 
@@ -138,13 +138,13 @@ def animatediff(folder):
 def test_pipelines_of_others_are_scored_like_ours(kind, tmp_path):
     pipe = load_peer(kind(tmp_path))
     pipe.set_progress_bar_config(disable=True)
-    make = clips_of(pipe, ["a red circle", "a blue star", "a star"], 4, "32 squashed", num_frames=4,
+    make = clip_maker(pipe, ["a red circle", "a blue star", "a star"], 4, "32 squashed", num_frames=4,
                     height=16, width=16, num_inference_steps=2)
     whole = make(range(3))
     assert whole.shape == (3, 3, 4, 32, 32) and whole.dtype == torch.uint8
     assert (torch.cat([make(range(1)), make(range(1, 3))]).int() - whole.int()).abs().max() <= 2
     folder = collect(dict(mean=Mean()), make, 3, tmp_path / "features", 2)
-    assert collected(folder, "mean features").shape == (3, 3)
+    assert load_collected(folder, "mean features").shape == (3, 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*says little", "ignore:.*another protocol")
@@ -157,8 +157,8 @@ def test_a_pipeline_of_others_stands_in_a_table_beside_ours(tmp_path):
     for name, where in sets.items():
         def protocol(metric, extractor, against, notes="", how=made[name]):
             return bench.protocol(metric, extractor, against, notes=notes, **how)
-        rows[name] = scores_of(where, judges, protocol, "" if name == "real" else sets["real"], texts)
-    assert list(rows) == ["real", "real, others of the same kind", "ours", peer]
+        rows[name] = compute_scores(where, judges, protocol, "" if name == "real" else sets["real"], texts)
+    assert list(rows) == ["real", "real, second set", "ours", peer]
     assert set(rows[peer]) == {"FVD on shapes", "CLIPSIM on clip:XS", "FC on clip:XS"}
     assert rows[peer]["FC on clip:XS"].value != rows["ours"]["FC on clip:XS"].value
     with pytest.raises(ValueError, match="different protocols"):

@@ -121,9 +121,10 @@ def test_the_recogniser_reads_rendered_clips(options):
 
 def test_the_recogniser_reads_floats_and_blurred_clips():
     batch = MovingShapes("test", seed=9).batch(range(48))
-    clips = torch.nn.functional.avg_pool3d(batch.clips / 127.5 - 1, (1, 2, 2))
+    clips = torch.nn.functional.avg_pool3d(batch.clips / 255, (1, 2, 2))
     clips = torch.nn.functional.interpolate(clips, scale_factor=(1, 2, 2), mode="trilinear")
-    clips = clips + 0.1 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
+    clips = (clips + 0.05 * noise).clamp(0, 1)
     assert min(score(recognise(clips), batch.attributes).values()) >= 0.95
 
 
@@ -153,6 +154,7 @@ def test_the_recogniser_is_not_fooled():
     (lambda: MovingShapes().batch([-1]), "from 0 on"),
     (lambda: prompt_set(10_000), "ask for 1 to"),
     (lambda: recognise(torch.zeros(3, 8, 32, 32)), "pass b 3 t h w"),
+    (lambda: recognise(torch.full((1, 3, 8, 32, 32), -1.0)), "give uint8, or floats in"),
     (lambda: score([], []), "one a clip")])
 def test_errors_name_the_value_and_the_remedy(make, message):
     with pytest.raises(ValueError, match=message):

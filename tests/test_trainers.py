@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from versvideo.core.prefetch import prefetch
-from versvideo.data.batches import LatentBatches, tensor_sample
+from versvideo.data.batches import LatentBatches, pack_tensors
 from versvideo.data.shards import write_shards
+from versvideo.media.pixels import to_signed
 from versvideo.models.image_vae import build_vae
 from versvideo.models.latents import encode_clips, fit_latent_scale
 from versvideo.models.saving import change_config
@@ -759,10 +760,10 @@ def test_latents_are_the_scaled_means_of_every_frame(vae):
     assert z.shape == (2, 4, 2, 2, 2)
     for b in range(2):
         for t in range(2):
-            frame = clips[b, :, t].float() / 127.5 - 1
-            mean = vae.encode(frame[None]).latent_dist.mean[0]
+            frame = clips[b, :, t]
+            mean = vae.encode(to_signed(frame[None])).latent_dist.mean[0]
             assert (z[b, :, t] - (mean - 0.5) * 2).abs().max() < 1e-5
-    assert (encode_clips(vae, clips.float() / 127.5 - 1) - z).abs().max() < 1e-5
+    assert (encode_clips(vae, clips) - z).abs().max() < 1e-5
     assert (z[0] - z[1]).abs().max() > 1e-3
 
 
@@ -810,7 +811,7 @@ def test_shards_teach_what_pixels_teach(vae, tmp_path):
     embeddings = torch.randn(9, 2, 3, 6)   # of two captions each
 
     def make(numbers):
-        return [tensor_sample(dict(latents=encode_clips(vae, world.clips[i:i + 1])[0],
+        return [pack_tensors(dict(latents=encode_clips(vae, world.clips[i:i + 1])[0],
                                    text=embeddings[i])) for i in numbers]
 
     write_shards(make, 9, tmp_path / "shards", 4)
@@ -828,7 +829,8 @@ def test_shards_teach_what_pixels_teach(vae, tmp_path):
         text = [embeddings[i, k] for i, k in zip(clips, said, strict=True)]
         return dict(latents=z, text=torch.stack(text))
 
-    ours, rows = train(batch_fn=lambda step, batch_index: batches(batch_index, is_image_batch(step, batch_index, 1, 0.5)))
+    ours, rows = train(
+        batch_fn=lambda step, batch_index: batches(batch_index, is_image_batch(step, batch_index, 1, 0.5)))
     theirs, others = train(batch_fn=from_pixels)
     assert far(ours, theirs) < 1e-6 and far(ours, build_unet()) > 1e-3
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in others])
@@ -846,9 +848,10 @@ def test_half_made_latents_are_not_kept(vae, tmp_path, monkeypatch):
 
 
 def test_autoencoder_loss(vae):
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    pixels = torch.rand(2, 3, 16, 16)
+    x = 2 * pixels - 1
     torch.manual_seed(3)
-    got = autoencoder_loss(vae, {"pixels": x}, kl_weight=0.1)
+    got = autoencoder_loss(vae, {"pixels": pixels}, kl_weight=0.1)
     torch.manual_seed(3)
     posterior = vae.encode(x).latent_dist
     mean, variance = posterior.mean, posterior.var

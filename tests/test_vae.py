@@ -28,14 +28,15 @@ from transformers import (
 )
 
 from versvideo.core.files import WEIGHTS
-from versvideo.lab.cost import peak_bytes, wake
+from versvideo.lab.cost import peak_bytes, randomize_zeros
+from versvideo.media.pixels import to_signed
 from versvideo.metrics.quality import LpipsDistance, flicker, perceptual_distance, psnr
 from versvideo.models.discriminator import DecoderAndCritic, DecoderLoss, TemporalDiscriminator
 from versvideo.models.latents import decode_latents, encode_clips
 from versvideo.models.text import load_clip
-from versvideo.models.tiling import in_tiles
-from versvideo.models.vae import TCMVAE, encode_features, load_vae
-from versvideo.pipelines.text_to_video import load_pipeline
+from versvideo.models.tiling import decode_in_tiles
+from versvideo.models.vae import TCMVAE, encode_features, load_vae, to_frames
+from versvideo.pipelines.loading import load_pipeline
 from versvideo.trainers.config import FitConfig
 from versvideo.trainers.loading import load_decoder, load_image_vae
 from versvideo.trainers.loop import fit
@@ -51,13 +52,13 @@ NARROW = dict(refinement_channels=(8, 16))
 
 def image_vae(**changes) -> AutoencoderKL:
     torch.manual_seed(0)
-    return wake(AutoencoderKL(**SMALL | changes)).eval()
+    return randomize_zeros(AutoencoderKL(**SMALL | changes)).eval()
 
 
 def awake(**changes) -> TCMVAE:
     "One whose new parts are at work."
     torch.manual_seed(0)
-    model = wake(TCMVAE(**SMALL | NARROW | changes)).eval()
+    model = randomize_zeros(TCMVAE(**SMALL | NARROW | changes)).eval()
     for p in model.tcm.parameters():
         nn.init.normal_(p, std=0.2)
     return model
@@ -255,7 +256,7 @@ def test_default_windows_of_the_embedded_decoder(embedded):
     "Less overlap than twice the reach, for speed: what that changes has a bound."
     vae, _ = embedded
     clips = MovingShapes.full("test", seed=1, frames=40, size=(64, 64)).batch(range(2)).clips
-    z = vae.encode((clips / 127.5 - 1).transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+    z = vae.encode(to_frames(to_signed(clips))).latent_dist.mode()
     difference = vae.decode(z, num_frames=40).sample - vae.decode(z, num_frames=40, window=40).sample
     assert 0 < difference.abs().max() < 2e-2 and difference.abs().mean() < 1e-4
 
@@ -265,11 +266,11 @@ def test_default_windows_of_the_embedded_decoder(embedded):
 def test_short_calls_of_the_embedded_decoder(embedded, frames, most, mean):
     "Others' pipelines cut a clip into calls (`decode_chunk_size`): of 2, so much and no worse a picture."
     vae, _ = embedded
-    real = MovingShapes.full("test", seed=1, frames=16, size=(64, 64)).batch(range(4)).clips / 127.5 - 1
-    z = vae.encode(real.transpose(1, 2).flatten(0, 1)).latent_dist.mode().split(16)
+    real = to_frames(to_signed(MovingShapes.full("test", seed=1, frames=16, size=(64, 64)).batch(range(4)).clips))
+    z = vae.encode(real).latent_dist.mode().split(16)
     whole = torch.cat([vae.decode(clip).sample for clip in z])
     parts = torch.cat([vae.decode(part).sample for clip in z for part in clip.split(frames)])
-    error = [(x - real.transpose(1, 2).flatten(0, 1)).abs().mean() for x in (parts, whole)]
+    error = [(x - real).abs().mean() for x in (parts, whole)]
     assert 0 < (parts - whole).abs().max() < most and (parts - whole).abs().mean() < mean
     assert error[0] < (1.25 if frames == 1 else 1.02) * error[1]
 
@@ -278,7 +279,7 @@ def test_short_calls_of_the_embedded_decoder(embedded, frames, most, mean):
 def test_tiles_of_the_embedded_decoder(embedded):
     "Norms and attention see a tile in place of the frame: on average under 0.03 of 2, a little worse a picture."
     vae, _ = embedded
-    real = (MovingShapes.full("test", seed=1, frames=4, size=(128, 128)).batch(range(2)).clips / 127.5 - 1).transpose(1, 2).flatten(0, 1)
+    real = to_frames(to_signed(MovingShapes.full("test", seed=1, frames=4, size=(128, 128)).batch(range(2)).clips))
     z = vae.encode(real).latent_dist.mode()
     whole = vae.decode(z, num_frames=4).sample
     vae.enable_tiling()
@@ -293,7 +294,7 @@ def eight_decoded(embedded, world):
     vae, image = embedded
     clips = world("test", seed=1, frames=16, size=(64, 64)).batch(range(8)).clips
     z = encode_clips(image, clips)
-    return z, clips / 127.5 - 1, decode_latents(vae, z), decode_latents(image, z)
+    return z, clips, decode_latents(vae, z), decode_latents(image, z)
 
 
 @torch.no_grad()
@@ -343,7 +344,7 @@ def test_tiles():
     assert (tiled - whole).abs().mean() < 0.5 * whole.std()
 
     def up(z): return F.interpolate(z, scale_factor=(1, 2, 2))
-    assert torch.allclose(in_tiles(up, z, 8, 3), up(z), atol=1e-6)
+    assert torch.allclose(decode_in_tiles(up, z, 8, 3), up(z), atol=1e-6)
 
 
 @torch.no_grad()
@@ -370,6 +371,7 @@ def decoder_and_critic(**changes):
 
 def literal_loss(model, clips, weights=(1.0, 0.5, 1e-4, 0.0, 0.0)):
     "Equation (9), with squared error and error of differences, and the discriminator's loss, written out."
+    clips = clips * 2 - 1  # the networks work in [-1, 1]
     b, c, t, h, w = clips.shape
     vae, critic = model.vae, model.critic
     frames = clips.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
@@ -407,7 +409,7 @@ def literal_loss(model, clips, weights=(1.0, 0.5, 1e-4, 0.0, 0.0)):
 
 
 def test_loss_is_equation_9():
-    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16)
     terms = DecoderLoss(SquaredDistance())(model, dict(clips=clips, step=torch.tensor(0)))
     generator, judged = literal_loss(model, clips)
     assert torch.allclose(terms["loss"], generator + judged, atol=1e-5)
@@ -416,7 +418,8 @@ def test_loss_is_equation_9():
         assert torch.allclose(terms[name], alone, rtol=1e-4), name
     assert torch.allclose(terms["discriminator"], judged, rtol=1e-5)
     mine = torch.autograd.grad(terms["loss"], [model.vae.decoder.conv_in.weight, model.critic.net[0].weight])
-    assert torch.allclose(mine[0], torch.autograd.grad(generator, model.vae.decoder.conv_in.weight, retain_graph=True)[0], atol=1e-5)
+    first = model.vae.decoder.conv_in.weight
+    assert torch.allclose(mine[0], torch.autograd.grad(generator, first, retain_graph=True)[0], atol=1e-5)
     assert torch.allclose(mine[1], torch.autograd.grad(judged, model.critic.net[0].weight)[0], atol=1e-6)
 
 
@@ -425,7 +428,7 @@ def test_loss_is_equation_9():
     dict(consistency_weight=0.0), dict(consistency_weight=1e-3), dict(start=1)])
 def test_a_broken_term_is_noticed(change):
     "What test_loss_is_equation_9 compares differs as soon as one term is off."
-    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16)
     loss = DecoderLoss(SquaredDistance(), **change)
     terms = loss(model, dict(clips=clips, step=torch.tensor(0)))
     generator, judged = literal_loss(model, clips)
@@ -435,7 +438,7 @@ def test_a_broken_term_is_noticed(change):
 @pytest.mark.parametrize("t", [1, 4])
 def test_terms_beyond_equation_9(t):
     "They belong to the reconstruction, which the adaptive weight compares with."
-    model, clips = decoder_and_critic(), torch.rand(2, 3, t, 16, 16) * 2 - 1
+    model, clips = decoder_and_critic(), torch.rand(2, 3, t, 16, 16)
     loss = DecoderLoss(SquaredDistance(), squared_weight=3.0, difference_weight=5.0)
     terms = loss(model, dict(clips=clips, step=torch.tensor(0)))
     generator, judged = literal_loss(model, clips, (1.0, 0.5, 1e-4, 3.0, 5.0))
@@ -448,7 +451,7 @@ def test_terms_beyond_equation_9(t):
 def test_a_broken_function_is_noticed(name, monkeypatch):
     "L1, the consistency and the hinge, each taken for another function."
     wrong = {"l1_loss": F.mse_loss, "mse_loss": F.l1_loss, "relu": F.softplus}[name]
-    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    model, clips = decoder_and_critic(), torch.rand(2, 3, 3, 16, 16)
     generator, judged = literal_loss(model, clips, (1.0, 0.5, 1.0, 0.0, 0.0))
     assert torch.allclose(DecoderLoss(SquaredDistance(), consistency_weight=1.0)(
         model, dict(clips=clips, step=torch.tensor(0)))["loss"], generator + judged, rtol=1e-5)
@@ -461,7 +464,7 @@ def learn(model, folder=None, steps=4, **config):
     "A few steps on random clips."
     def batch(step, turn):
         g = torch.Generator().manual_seed(step)
-        return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g) * 2 - 1, step=torch.tensor(step))
+        return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g), step=torch.tensor(step))
     cfg = FitConfig(steps=steps, batch_size=1, lr=1e-3, log_every=1, save_every=1, **config)
     return fit(cfg, model, DecoderLoss(SquaredDistance(), start=2), batch, folder)
 
@@ -492,7 +495,7 @@ def test_goes_on_where_it_stopped(tmp_path):
 
         def batch(step, turn):
             g = torch.Generator().manual_seed(step)
-            return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g) * 2 - 1, step=torch.tensor(step))
+            return dict(clips=torch.rand(1, 3, 3, 16, 16, generator=g), step=torch.tensor(step))
         cfg = FitConfig(steps=4, batch_size=1, lr=1e-3, log_every=1, save_every=1)
         fit(cfg, stopped, DecoderLoss(Stops(), start=2), batch, tmp_path)
     fresh = decoder_and_critic()
@@ -557,7 +560,7 @@ def test_half_precision_and_layerwise_casting(dtype):
 
 
 def test_lpips_where_its_weights_are(monkeypatch, tmp_path):
-    "Whatever weights its network has: nothing between equal frames, a gradient between others, and it is what auto takes."
+    "With any weights: 0 between equal frames, a gradient between different ones, and `auto` takes it."
     lpips, vgg = pytest.importorskip("lpips"), pytest.importorskip("torchvision.models.vgg")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub/checkpoints" / LpipsDistance.file
