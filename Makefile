@@ -1,7 +1,8 @@
 # make quickstart PROMPT="..."   a video from a sentence, in out/
-# make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge] [STYLE=...] [DEPTH_MODEL=...]
+# make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge] [STYLE=...] [CONDITION_MODELS=depth=FOLDER]
 #                                a video of one's own drawn anew, in out/
-# make test                      every check, under 20 minutes on 2 cores
+# make test                      every check, as continuous integration runs it
+# make check                     lint, sync, layout, and the tests of the rooms that have changed
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
 #                                or one run of results/; says which numbers drifted (43 and 44 were measured
@@ -13,19 +14,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-RUN := $(BIN)/python tests/run_notebook.py
-TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 --no_python $(RUN)
+RUN := $(BIN)/versvideo run
+TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m versvideo run
 
 # Only what is given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
 given = $(if $(filter command line,$(origin $(1))),$(value $(1)))
-unexport PROMPT VIDEO CONDITIONS STYLE DEPTH_MODEL
+unexport PROMPT VIDEO CONDITIONS STYLE CONDITION_MODELS
 export GIVEN_PROMPT := $(call given,PROMPT)
 export GIVEN_VIDEO := $(call given,VIDEO)
 export GIVEN_CONDITIONS := $(call given,CONDITIONS)
 export GIVEN_STYLE := $(call given,STYLE)
-export GIVEN_DEPTH_MODEL := $(call given,DEPTH_MODEL)
+export GIVEN_CONDITION_MODELS := $(call given,CONDITION_MODELS)
 
-.PHONY: help quickstart edit test lab results results-gpu readme install clean
+.PHONY: help quickstart edit test check lab results results-gpu readme install clean
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
@@ -41,22 +42,28 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(INSTALLED)
-	@$(RUN) nbs/30_generate.ipynb out/quickstart.ipynb $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} out=out name=quickstart
+	@$(RUN) nbs/30_generate.ipynb --out out/quickstart.ipynb $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} out=out name=quickstart
 
 edit: $(INSTALLED)
-	@$(RUN) nbs/32_edit.ipynb out/edit.ipynb $${GIVEN_VIDEO:+"video=$$GIVEN_VIDEO"} $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} \
+	@$(RUN) nbs/32_edit.ipynb --out out/edit.ipynb $${GIVEN_VIDEO:+"video=$$GIVEN_VIDEO"} $${GIVEN_PROMPT:+"prompt=$$GIVEN_PROMPT"} \
 	    $${GIVEN_CONDITIONS:+"conditions=$$GIVEN_CONDITIONS"} $${GIVEN_STYLE:+"style=$$GIVEN_STYLE"} \
-	    $${GIVEN_DEPTH_MODEL:+"depth_model=$$GIVEN_DEPTH_MODEL"} out=out
+	    $${GIVEN_CONDITION_MODELS:+"condition_models=$$GIVEN_CONDITION_MODELS"} out=out
 
 test: $(INSTALLED)
 	$(BIN)/python tests/check.py sync
 	$(BIN)/ruff check nbs versvideo tests setup.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^[2-6][0-9]_'
 	$(BIN)/python tests/check.py installed
 	$(BIN)/python tests/check.py runs
 
+check: $(INSTALLED)
+	$(BIN)/python tests/check.py sync
+	$(BIN)/ruff check nbs versvideo tests setup.py
+	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_measures.py -rP -p no:cacheprovider
+	$(BIN)/python tests/check.py changed
+
 readme: $(INSTALLED)
-	$(BIN)/python tests/check.py readme
+	$(BIN)/versvideo results readme
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs
@@ -66,76 +73,77 @@ lab: $(INSTALLED)
 # package ships.
 ifdef ONLY
 results: $(INSTALLED)
-	$(BIN)/python tests/check.py again $(ONLY)
+	$(BIN)/versvideo results again $(ONLY)
 else
 results: $(INSTALLED)
-	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-XS-s0.ipynb \
+	$(RUN) nbs/21_train_vae.ipynb --out results/21_train_vae-XS-s0.ipynb \
 	    size=XS out=results/21_train_vae-XS-s0
-	$(TWO) nbs/21_train_vae.ipynb results/21_train_vae-styles-XS-s0.ipynb \
+	$(TWO) nbs/21_train_vae.ipynb --out results/21_train_vae-styles-XS-s0.ipynb \
 	    size=XS vae=results/21_train_vae-XS-s0/weights steps=2000 out=results/21_train_vae-styles-XS-s0
-	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-XS-s0.ipynb \
+	$(RUN) nbs/24_train_clip.ipynb --out results/24_train_clip-XS-s0.ipynb \
 	    size=XS out=results/24_train_clip-XS-s0
-	$(RUN) nbs/24_train_clip.ipynb results/24_train_clip-vision-XS-s0.ipynb \
+	$(RUN) nbs/24_train_clip.ipynb --out results/24_train_clip-vision-XS-s0.ipynb \
 	    size=XS stage=vision model=results/24_train_clip-XS-s0/weights out=results/24_train_clip-vision-XS-s0
-	$(RUN) nbs/25_train_classifier.ipynb results/25_train_classifier-XS-s0.ipynb \
+	$(RUN) nbs/25_train_classifier.ipynb --out results/25_train_classifier-XS-s0.ipynb \
 	    size=XS out=results/25_train_classifier-XS-s0
-	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm-XS-s0.ipynb \
+	$(RUN) nbs/21_train_vae.ipynb --out results/21_train_vae-tcm-XS-s0.ipynb \
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights out=results/21_train_vae-tcm-XS-s0
-	$(RUN) nbs/21_train_vae.ipynb results/21_train_vae-tcm2-XS-s1.ipynb \
+	$(RUN) nbs/21_train_vae.ipynb --out results/21_train_vae-tcm2-XS-s1.ipynb \
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights \
 	    decoder=results/21_train_vae-tcm-XS-s0/weights seed=1 steps=6000 out=results/21_train_vae-tcm2-XS-s1
-	$(RUN) nbs/20_train_unet.ipynb results/20_train_unet-XS-s0.ipynb \
+	$(RUN) nbs/20_train_unet.ipynb --out results/20_train_unet-XS-s0.ipynb \
 	    size=XS out=results/20_train_unet-XS-s0 \
 	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-styles-XS-s0.ipynb \
+	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-styles-XS-s0.ipynb \
 	    size=XS init=results/20_train_unet-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient steps=1200 \
 	    out=results/20_train_unet-styles-XS-s0 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(TWO) nbs/20_train_unet.ipynb results/20_train_unet-styles2-XS-s1.ipynb \
+	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-styles2-XS-s1.ipynb \
 	    size=XS init=results/20_train_unet-styles-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient \
 	    style_dropout=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
-	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-XS-s0.ipynb \
+	$(RUN) nbs/22_train_controlnet.ipynb --out results/22_train_controlnet-XS-s0.ipynb \
 	    size=XS model=results/20_train_unet-styles-XS-s0/weights out=results/22_train_controlnet-XS-s0
-	$(RUN) nbs/22_train_controlnet.ipynb results/22_train_controlnet-styles2-XS-s1.ipynb \
+	$(RUN) nbs/22_train_controlnet.ipynb --out results/22_train_controlnet-styles2-XS-s1.ipynb \
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights controlnet=results/22_train_controlnet-XS-s0/weights \
 	    steps=900 seed=1 out=results/22_train_controlnet-styles2-XS-s1
-	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s1.ipynb \
+	$(RUN) nbs/23_train_style.ipynb --out results/23_train_style-styles2-XS-s1.ipynb \
 	    size=XS model=results/20_train_unet-styles2-XS-s1/weights seed=1 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s1
-	$(RUN) nbs/23_train_style.ipynb results/23_train_style-styles2-XS-s2.ipynb \
+	$(RUN) nbs/23_train_style.ipynb --out results/23_train_style-styles2-XS-s2.ipynb \
 	    size=XS stage=captions style_dropout=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
-	$(BIN)/python tests/check.py ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
+	$(BIN)/versvideo results ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
 	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s2/weights
-	$(RUN) nbs/33_judge.ipynb results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
-	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS.ipynb \
+	$(RUN) nbs/33_judge.ipynb --out results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
+	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
-	$(RUN) nbs/42_reconstruction.ipynb results/42_reconstruction-XS-s1.ipynb \
+	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS-s1.ipynb \
 	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
-	$(RUN) nbs/43_follow.ipynb results/43_follow-XS.ipynb size=XS n=64 guidance=2 out=results/43_follow-XS
-	$(RUN) nbs/44_style.ipynb results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
-	$(RUN) nbs/40_table1_msrvtt.ipynb results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
-	$(RUN) nbs/41_table2_ucf101.ipynb results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
-	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb results/$$i-XS.ipynb \
+	$(RUN) nbs/43_follow.ipynb --out results/43_follow-XS.ipynb size=XS n=64 guidance=2 out=results/43_follow-XS
+	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
+	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
+	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
+	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb --out results/$$i-XS.ipynb \
 	    size=XS seeds=3 at_once=2 runs=results/50_ablation_unet-XS/trainings out=results/$$i-XS || exit 1; done
-	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
+	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb --out results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
-	$(RUN) nbs/60_cost.ipynb results/60_cost-H.ipynb \
+	$(RUN) nbs/60_cost.ipynb --out results/60_cost-H.ipynb \
 	    size=H apart=L learner=S latent=8x16x16 batch=8 channels=320 rounds=9 compiled=True out=results/60_cost-H
-	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-SD.ipynb \
+	$(RUN) nbs/62_decoder_cost.ipynb --out results/62_decoder_cost-SD.ipynb \
 	    widths=SD latent=16x4x4 rounds=7 long=128 lengths=24,32,64 out=results/62_decoder_cost-SD
-	$(RUN) nbs/62_decoder_cost.ipynb results/62_decoder_cost-XS.ipynb \
+	$(RUN) nbs/62_decoder_cost.ipynb --out results/62_decoder_cost-XS.ipynb \
 	    widths=XS latent=16x8x8 rounds=15 long=128 lengths=24,64,128 out=results/62_decoder_cost-XS
-	$(RUN) nbs/61_scale.ipynb results/61_scale-XS.ipynb size=XS steps=6 out=results/61_scale-XS
-	$(RUN) nbs/63_loading.ipynb results/63_loading-XS.ipynb size=XS n=64 height=256 width=256 rounds=5 out=results/63_loading-XS
-	$(RUN) nbs/63_loading.ipynb results/63_loading-XS-one.ipynb size=XS n=64 height=256 width=256 rounds=5 workers=1 out=results/63_loading-XS-one
-	$(RUN) nbs/64_broken.ipynb results/64_broken.ipynb n=10000 out=results/64_broken
+	$(RUN) nbs/61_scale.ipynb --out results/61_scale-XS.ipynb size=XS steps=6 out=results/61_scale-XS
+	$(RUN) nbs/63_loading.ipynb --out results/63_loading-XS.ipynb size=XS n=64 height=256 width=256 rounds=5 out=results/63_loading-XS
+	$(RUN) nbs/63_loading.ipynb --out results/63_loading-XS-one.ipynb size=XS n=64 height=256 width=256 rounds=5 workers=1 out=results/63_loading-XS-one
+	$(RUN) nbs/64_broken.ipynb --out results/64_broken.ipynb n=10000 out=results/64_broken
+	$(RUN) nbs/65_startup.ipynb --out results/65_startup.ipynb rounds=5 steps=25 out=results/65_startup
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/*-XS-s?/checkpoints results/*/cache results/*/trainings
-	$(BIN)/python tests/check.py drift
+	$(BIN)/versvideo results drift
 endif
 
 # After make results, whose trainings it goes on from: rounds of the ControlNet and the style adapter
@@ -144,20 +152,20 @@ endif
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
-	$(RUN) nbs/22_train_controlnet.ipynb results/h200/22_train_controlnet-styles2-XS-s2.ipynb \
+	$(RUN) nbs/22_train_controlnet.ipynb --out results/h200/22_train_controlnet-styles2-XS-s2.ipynb \
 	    size=XS controlnet=results/22_train_controlnet-styles2-XS-s1/weights steps=1300 batch=32 workers=11 seed=2 \
 	    out=results/h200/22_train_controlnet-styles2-XS-s2
-	$(RUN) nbs/23_train_style.ipynb results/h200/23_train_style-styles2-XS-s3.ipynb \
+	$(RUN) nbs/23_train_style.ipynb --out results/h200/23_train_style-styles2-XS-s3.ipynb \
 	    size=XS stage=captions even=True style_dropout=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \
 	    out=results/h200/23_train_style-styles2-XS-s3
-	$(BIN)/python tests/check.py ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
+	$(BIN)/versvideo results ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
 	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights
-	$(RUN) nbs/43_follow.ipynb results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
-	$(RUN) nbs/44_style.ipynb results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
-	$(RUN) nbs/61_gpu.ipynb results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" steps=25 rounds=3 out=results/h200/61_gpu-H
+	$(RUN) nbs/43_follow.ipynb --out results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
+	$(RUN) nbs/44_style.ipynb --out results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
+	$(RUN) nbs/61_gpu.ipynb --out results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" steps=25 rounds=3 out=results/h200/61_gpu-H
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/h200/*-XS-s?/checkpoints results/h200/*/cache
-	$(BIN)/python tests/check.py drift
+	$(BIN)/versvideo results drift
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache
