@@ -16,7 +16,6 @@ from datetime import timedelta
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
