@@ -77,12 +77,13 @@ class Layer(nn.Module):
         temporal_attentions: int = 1,  # Self-attentions of the temporal transformer
     ):
         super().__init__()
-        self.res = ResBlock(channels_in, channels, step_dim, norm_groups)
-        self.spatial = self.temporal = None
+        attention = over_time = None  # made before `res`: the order decides which weights a seed gives
         if spatial:
-            self.spatial = SpatialTransformer(channels, head_dim, text_dim, experts[0], norm_groups)
+            attention = SpatialTransformer(channels, head_dim, text_dim, experts[0], norm_groups)
         if temporal:
-            self.temporal = TemporalTransformer(channels, head_dim, experts[1], norm_groups, temporal_attentions)
+            over_time = TemporalTransformer(channels, head_dim, experts[1], norm_groups, temporal_attentions)
+        self.res = ResBlock(channels_in, channels, step_dim, norm_groups)
+        self.spatial, self.temporal = attention, over_time
 
     def forward(
         self,
