@@ -104,6 +104,14 @@ def test_notebook_has_a_title_and_asserts(path):
     assert any(re.search(r"\bassert\b|\btest_\w+\(", code) for code in tests)
 
 
+def test_gradients_are_switched_on_again():
+    "nbdev_test runs several notebooks in one process, and the setting is the process's."
+    for name, cells in library().items():
+        code = "\n".join(code for _, code in cells)
+        off, on = code.rfind("set_grad_enabled(False)"), code.rfind("set_grad_enabled(True)")
+        assert off <= on, f"{name} leaves gradients switched off"
+
+
 def test_the_measures_notice():
     cells = [(True, "def a(): pass"), (False, "1"), (False, "2"), (False, "3"), (False, "a()"),
              (True, "def b(): pass"), (False, "b()")]
