@@ -1,6 +1,6 @@
 # make quickstart PROMPT="..."   a video from a sentence, in out/
 # make edit VIDEO=... PROMPT="..." [CONDITIONS=canny,softedge] [STYLE=...] [CONDITION_MODELS=depth=FOLDER]
-#                                a video of one's own drawn anew, in out/
+#                                re-renders your own video, in out/
 # make test                      every check, as continuous integration runs it
 # make check                     lint, sync, layout, and the tests of the rooms that have changed
 # make lab                       JupyterLab on the notebooks
@@ -8,7 +8,7 @@
 #                                or one run of results/; says which numbers drifted (43 and 44 were measured
 #                                before the rounds on a GPU, with the model that make results alone makes)
 # make results-gpu               the rounds and measurements that were made on one (an H200), from there on
-# make readme                    the tables of the README from the records of results/
+# make readme                    the tables of README.md and results/README.md from the records
 # Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3

@@ -40,6 +40,6 @@ setup(
     packages=[*find_packages(include=["versvideo", "versvideo.*"]), "versvideo.notebooks"],
     package_dir={"versvideo.notebooks": "nbs"},
     entry_points={"console_scripts": ["versvideo = versvideo.cli:main"]},
-    package_data={"versvideo.notebooks": ["*.ipynb"], "versvideo": ["weights/**/*", "data/*.json"]},
+    package_data={"versvideo.notebooks": ["[0-9]*.ipynb"], "versvideo": ["weights/**/*", "data/*.json"]},
     zip_safe=False,
 )

@@ -47,7 +47,11 @@ def test_public_names_are_imported_when_asked_for():
 @pytest.mark.parametrize(("arguments", "message"), [
     (("generate", "a star", "-o", "star.avi"), "give a name that ends with .mp4, .gif or .webp"),
     (("generate", "a star", "--model", "XL", "-o", "a.mp4"), "XS"),
-    (("edit", "none.mp4", "a star"), "none.mp4"),
+    (("generate", "a star", "--steps", "0"), "steps=0"),
+    (("generate", "a star", "--fps", "0"), "fps=0"),
+    (("generate", "a star", "--image", "none.png"), "none.png is not a file"),
+    (("edit", "none.mp4", "a star"), "none.mp4 is not a file"),
+    (("run", "30_generate", "--out", "done"), "ends with .ipynb"),
     (("run", "20_train_unet", "stepz=4"), "did you mean 'steps'"),
     (("run", "20_train_unte"), "there is no notebook 20_train_unte"),
     (("results", "again"), "results"),
@@ -58,6 +62,18 @@ def test_an_error_is_one_line(tmp_path, arguments, message):
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("versvideo: ")
     assert message in lines[0]
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_wrong_options_are_one_line(tmp_path):
+    done = versvideo("generate", "a star", "--steps", "many", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "many" in done.stderr
+
+
+def test_a_model_loads_in_a_fresh_process(tmp_path):
+    "diffusers loads parts only from modules that are imported: no other import may be needed."
+    code = "from versvideo import load_pipeline; print(type(load_pipeline('XS').vae).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "TCMVAE", done.stderr
 
 
 def test_help_is_quick(tmp_path):

@@ -1,5 +1,7 @@
 """A denoiser of another kind, a small diffusion transformer, goes wherever the UNet goes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +15,7 @@ from torch import nn
 from versvideo.lab.plan import SavedBytes, count_flops, example_inputs
 from versvideo.models.contracts import Autoencoder, Denoiser
 from versvideo.models.image_vae import build_vae
+from versvideo.models.latents import decode_latents, encode_clips
 from versvideo.models.text import ClipSize, build_clip, split_clip
 from versvideo.models.tokenizer import build_tokenizer
 from versvideo.models.unet import UNetOutput
@@ -145,3 +148,35 @@ def test_the_memory_of_a_training_step_is_counted(dit):
 
     one, two = saved_bytes(1), saved_bytes(2)
     assert 1.5 * one < two < 2.5 * one   # weights do not count; at batch 1 some tensors share their storage
+
+
+class BlockAutoencoder(ModelMixin, ConfigMixin):
+    "Means of blocks of 8x8 pixels as latents; the decoder mixes time: each frame is the mean of those up to it."
+    decodes_clips = True
+
+    @register_to_config
+    def __init__(self, latent_channels=4, block_out_channels=(1, 1, 1, 1), scaling_factor=1.0, shift_factor=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def encode(self, x):
+        mean = nn.functional.avg_pool2d(nn.functional.pad(x, (0, 0, 0, 0, 0, 1)), 8)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, sample=lambda: mean))
+
+    def decode(self, z, window=None):
+        self.decoded = tuple(z.shape)
+        frames = z[:, :3].cumsum(2) / torch.arange(1, z.shape[2] + 1, device=z.device)[:, None, None]
+        return SimpleNamespace(sample=frames.repeat_interleave(8, 3).repeat_interleave(8, 4))
+
+
+def test_an_autoencoder_of_another_kind(pipe):
+    "A decoder that mixes time is given whole clips; clips go through it and back."
+    vae = BlockAutoencoder()
+    assert isinstance(vae, Autoencoder)
+    grey = torch.full((2, 3, 4, 16, 16), 0.25)
+    latents = encode_clips(vae, grey)
+    assert latents.shape == (2, 4, 4, 2, 2)
+    assert torch.allclose(decode_latents(vae, latents), grey, atol=1e-6) and vae.decoded == (2, 4, 4, 2, 2)
+    pipe.register_modules(vae=vae)
+    assert generate(pipe, num_frames=4, height=32, width=32).shape == (1, 3, 4, 32, 32)
+    assert vae.decoded == (1, 4, 4, 4, 4)

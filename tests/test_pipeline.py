@@ -4,7 +4,6 @@ import json
 import shutil
 import warnings
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -129,9 +128,7 @@ def test_output_types_hold_the_same_video(pipe):
 
 
 @pytest.mark.parametrize("kind", [None, "np", "pil"])
-def test_diffusers_writes_the_frames(pipe, tmp_path, monkeypatch, kind):
-    if find_spec("imageio_ffmpeg") is None:   # then diffusers writes by OpenCV
-        monkeypatch.setattr("diffusers.utils.export_utils.is_imageio_available", lambda: False)
+def test_diffusers_writes_the_frames(pipe, tmp_path, kind):
     out = pipe("a red circle", num_frames=3, height=48, width=64, latents=noise(t=3, h=6, w=8),
                num_inference_steps=2, output_type=kind)
     again = read_video(Path(export_to_video(out.frames[0], str(tmp_path / "frames.mp4"))))
@@ -574,7 +571,7 @@ def test_pickled_weights_are_not_read(copied):
 
 
 @pytest.mark.parametrize(("name", "error", "message"), [
-    ("H", FileNotFoundError, "comes without weights.*nbs/20_train_unet.ipynb.* -p size H"),
+    ("H", FileNotFoundError, "comes without weights.*20_train_unet size=H"),
     ("Q", ValueError, r"='Q' is unknown: choose one of smoke, XS, S, SD15, L, H"),
     ("xs", ValueError, "did you mean 'XS'"),
     ("results/none/weights", FileNotFoundError, "there is no folder results/none/weights"),
@@ -680,7 +677,7 @@ def test_notebook_leaves_nothing_in_the_repository_by_default(saved, monkeypatch
     (dict(steps=0), ValueError, "num_inference_steps=0"),
     (dict(scheduler="DDIN"), ValueError, "did you mean 'DDIM'"),
     (dict(size="Q"), ValueError, "'Q' is unknown"),
-    (dict(size="L"), FileNotFoundError, "-p size L"),
+    (dict(size="L"), FileNotFoundError, "20_train_unet size=L"),
     (dict(size=""), ValueError, "='' is unknown"),
     (dict(name=""), ValueError, "name is empty"),
 ])

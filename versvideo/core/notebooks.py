@@ -167,11 +167,15 @@ def execute_notebook(
     arguments: list = (),  # Of "name=value"
 ) -> Path:                 # The executed notebook
     "Execute a notebook by papermill; after an error the part before it lies in a temporary folder, which is named."
-    import nbformat
-    import papermill
-
     notebook = find_notebook(notebook)
     values = parameter_values(notebook, arguments)
+    if Path(output).suffix != ".ipynb":
+        raise ValueError(f"--out {output}: give a name that ends with .ipynb")
+    try:
+        import nbformat
+        import papermill
+    except ImportError as error:
+        raise ImportError(f"an executed notebook needs {error.name}: pip install 'versvideo[notebooks]'") from error
     part = Path(tempfile.mkdtemp(prefix="versvideo-")) / Path(output).name
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # no widgets here, and no path in the record
     try:

@@ -31,17 +31,17 @@ def generation_rows(judge: dict, scores: dict) -> list[tuple]:  # Of 33_judge an
     "What is read in generated clips, and their Fréchet distance."
     right = ", ".join(percent(judge[name]) for name in ("colour", "background", "motion", "shape"))
     ours, floor = (scores[name]["FVD on shapes"] for name in ("ours", "real, second set"))
-    distance = " against ".join(format_interval(v, ".1f") for v in (ours, floor))
-    return [("colour, background, motion, shape as the prompt says", right, "judge"),
-            ("FVD by our own classifier, generated against further rendered clips", distance, "scores")]
+    distance = "; ".join(format_interval(v, ".1f") for v in (ours, floor))
+    return [("clips with the colour, background, motion, shape of the prompt", right, "judge"),
+            ("FVD by our classifier: generated clips; a second set of rendered clips", distance, "scores")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-14
 def control_rows(follow: dict, style: dict) -> list[tuple]:  # Of 43_follow and 44_style
     "How well conditions and the style of a picture are followed."
-    return [("edges: F1 of the generated clip's edges", marked(follow, "edge F1, Canny condition"), "follow"),
-            ("first frame without clamping: error over that of text alone",
+    return [("edge F1 of clips generated along Canny edges", marked(follow, "edge F1, Canny condition"), "follow"),
+            ("first-frame error without clamping, relative to text only",
              marked(follow, "first-frame error without clamping the first frame, relative to text only"), "follow"),
-            ("drawing style of a picture", marked(style, "style accuracy, all styles"), "style")]
+            ("drawing style taken from a picture", marked(style, "style accuracy, all styles"), "style")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-15
 def decoder_rows(decoder: dict, parts: dict) -> list[tuple]:  # Of 42_reconstruction and 53_ablation_vae
@@ -58,9 +58,10 @@ def part_rows(variants: dict, cost: dict) -> list[tuple]:  # Of 50_ablation_unet
     "What multi-excitation convolution and experts bring and cost."
     both = variants["both"]["FVD"]["value"] - variants["2D+1D, one FFN"]["FVD"]["value"]
     moves = percent(variants["both"]["read_motion"]["value"])
-    return [("excitations and experts, 400 steps: change of FVD",
-             f"{both:+.1f}, undecided: only {moves} of motions are right", "variants"),
-            ("their cost in a sampling step of L, experts merged", f"{cost['inference: merged']:.2f} times", "cost")]
+    return [("FVD change by excitations and experts, 400 steps",
+             f"{both:+.1f}, inconclusive ({moves} of motions correct)", "variants"),
+            ("time of a sampling step of L with both, relative to without",
+             f"{cost['inference: merged']:.2f} times", "cost")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-18
 def summary(

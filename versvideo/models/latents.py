@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 
 from ..media.pixels import from_signed, to_signed
+from .contracts import Autoencoder
 from .saving import change_config
-from .vae import TCMVAE
 
 # %% ../../nbs/models/latents.ipynb #latents-06
 @torch.no_grad()
@@ -46,14 +46,15 @@ def fit_latent_scale(
 # %% ../../nbs/models/latents.ipynb #latents-14
 @torch.no_grad()
 def decode_latents(
-    vae: AutoencoderKL,     # Image autoencoder or TCM-VAE
+    vae: Autoencoder,       # Image autoencoder or TCM-VAE
     latents: torch.Tensor,  # Scaled latents, `b 4 t h w`
     chunk: int | None = None,  # Frames decoded at once; None: 16, or what `set_windows` of the TCM-VAE says
 ) -> torch.Tensor:          # Clips `b 3 t 8h 8w`, float32 in [0, 1]
     "Decode a video, undoing the scaling and the shift of `encode_clips`."
     latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    if isinstance(vae, TCMVAE):
-        return from_signed(vae.decode(latents.to(vae.dtype), window=chunk).sample)
+    if getattr(vae, "decodes_clips", False):
+        window = {} if chunk is None else dict(window=chunk)
+        return from_signed(vae.decode(latents.to(vae.dtype), **window).sample)
     frames = rearrange(latents, "b c t h w -> (b t) c h w").to(vae.dtype)
     pixels = torch.cat([from_signed(vae.decode(part).sample) for part in frames.split(chunk or 16)])
     return rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents))

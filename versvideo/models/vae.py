@@ -298,6 +298,7 @@ class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
     **image_vae
         All arguments of `AutoencoderKL`; its levels are `DownEncoderBlock2D` and `UpDecoderBlock2D`.
     """
+    decodes_clips = True  # `decode` takes a whole clip: the contract of models.contracts
 
     @register_to_config
     @with_arguments_of(AutoencoderKL.__init__)

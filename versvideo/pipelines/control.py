@@ -96,7 +96,7 @@ def check_condition(
         raise ValueError(f"condition {name!r} has shape {tuple(clip.shape)}: give at least one clip of one frame")
     if not (clip.min() >= 0 and clip.max() <= 1):
         raise ValueError(f"condition {name!r} has values from {clip.min():.3g} to {clip.max():.3g}: "
-                         "give [0, 1], as extract_condition makes it")
+                         "give [0, 1], as extract_condition makes it; (clip + 1) / 2 converts [-1, 1]")
     if b % len(clip):
         raise ValueError(f"condition {name!r} has {len(clip)} clips for {b} videos: give one for all or one for each")
     return clip.repeat_interleave(b // len(clip), dim=0)

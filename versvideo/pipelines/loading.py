@@ -20,6 +20,12 @@ from ..models.sizes import SIZES
 from .schedulers import get_scheduler
 from .text_to_video import VersVideoPipeline
 
+# diffusers loads parts of a pipeline only from modules that have been imported
+import versvideo.models.controlnet  # noqa: F401
+import versvideo.models.style  # noqa: F401
+import versvideo.models.unet  # noqa: F401
+import versvideo.models.vae  # noqa: F401
+
 # %% ../../nbs/pipelines/loading.ipynb #loading-09
 def find_pipeline(
     name: str | Path,  # A size, a folder (from here or from the repository) or a hub id
@@ -32,7 +38,7 @@ def find_pipeline(
         run = f"results/20_train_unet-{name}-s0"
         raise FileNotFoundError(
             f"size={name!r} comes without weights (with weights: {stored or 'none'}): train it "
-            f"with `papermill nbs/20_train_unet.ipynb {run}.ipynb -p size {name} -p out {run}` "
+            f"with `versvideo run 20_train_unet size={name} out={run}` "
             "and give the folder of its weights")
     for folder in (Path(name), repo_path(name)):
         if str(name) and folder.is_dir():
