@@ -205,7 +205,8 @@ def test_run_writes_the_executed_notebook(tmp_path, notebook):
     assert result_faults(tmp_path / "20_train-XS-s0.ipynb", notebook.parent) == []
 
 
-def test_folders_of_the_machine_are_left_out():
+def test_folders_of_the_machine_are_left_out(monkeypatch):
+    monkeypatch.chdir(REPO)
     cell = new_code_cell(outputs=[new_output("stream", text=f"{sys.prefix}/lib/x.py and {REPO}/nbs"),
                                   new_output("display_data", data={"image/png": "/"})])
     remove_machine_paths(new_notebook(cells=[cell]))
@@ -263,6 +264,7 @@ def test_what_drifted_is_named(tmp_path, monkeypatch, capsys):
         maintain.compare_with_commit("33_judge-XS-s0")
 
 
-def test_a_run_that_is_not_there_is_not_made_again():
+def test_a_run_that_is_not_there_is_not_made_again(monkeypatch):
+    monkeypatch.chdir(REPO)
     with pytest.raises(ValueError, match="'33_judge' is not a run.*33_judge-XS-s0"):
         maintain.run_again("33_judge")

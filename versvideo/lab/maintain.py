@@ -29,8 +29,9 @@ def filled_page(
 ) -> str:
     "The page with its tables built from the records, with links that fit its folder."
     up = "results/" if path.parent.name == "results" else ""
+    runs = path.parent if up else path.parent / "results"
     text = re.sub(r"\]\((?=(?:\d\d_|[a-z]\w*/\d\d_))", f"]({up}", path.read_text(encoding="utf-8"))
-    return fill_tables(text).replace(f"]({up}", "](") if up else fill_tables(text)
+    return fill_tables(text, runs).replace(f"]({up}", "](") if up else fill_tables(text, runs)
 
 # %% ../../nbs/lab/maintain.ipynb #maintain-10
 def rebuild_readme() -> str:
