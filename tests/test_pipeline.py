@@ -131,7 +131,8 @@ def test_output_types_hold_the_same_video(pipe):
 def test_diffusers_writes_the_frames(pipe, tmp_path, kind):
     out = pipe("a red circle", num_frames=3, height=48, width=64, latents=noise(t=3, h=6, w=8),
                num_inference_steps=2, output_type=kind)
-    again = read_video(Path(export_to_video(out.frames[0], str(tmp_path / "frames.mp4"))))
+    file = export_to_video(out.frames[0], str(tmp_path / "frames.mp4"), quality=9)  # noise compresses badly
+    again = read_video(Path(file))
     videos = pipe("a red circle", num_frames=3, height=48, width=64, latents=noise(t=3, h=6, w=8),
                   num_inference_steps=2).videos
     assert again.shape == (3, 3, 48, 64) and (again / 255 - videos[0]).abs().mean() < 0.05
