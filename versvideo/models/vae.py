@@ -36,7 +36,7 @@ from diffusers import ModelMixin  # noqa: F401
 class TemporalCompensation(nn.Module):
     """Temporal compensation module, TCM (paper 2.3): features of a decoder level, `b c t h w`, to the same shape.
 
-    It adds what a multi-excitation convolution finds across frames; at the start it adds exactly nothing.
+    It adds the output of a multi-excitation convolution, which at the start is exactly zero.
     """
 
     reach = 2  # Frames before and after on which a frame depends: the shift, then a temporal kernel of 3
@@ -52,14 +52,15 @@ class TemporalCompensation(nn.Module):
         nn.init.zeros_(self.mec.spatial.weight)
         nn.init.zeros_(self.mec.spatial.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Features `b c t h w` to the same shape."
         return x + self.mec(F.silu(per_frame(self.norm, x)))
 
 # %% ../../nbs/models/vae.ipynb #vae-14
 class RefinementUNet(nn.Module):
-    """Refinement UNet (paper 2.3): adds what the decoder left out to its frames, `n c h w` to the same shape.
+    """Refinement UNet (paper 2.3): adds a correction to decoded frames, `n c h w` to the same shape.
 
-    At the start it adds exactly nothing. ValueError unless there are two widths that the groups divide.
+    At the start the correction is exactly zero. ValueError unless there are two widths that the groups divide.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class RefinementUNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Frames `n c h w`, about in [-1, 1], to the same shape."
         before, middle, after = self.blocks
         h, w = x.shape[2:]
         y = before(self.conv_in(F.pixel_unshuffle(F.pad(x, (0, w % 2, 0, h % 2)), 2)), None)
@@ -132,8 +134,8 @@ def latent_clips(
 def encode_features(
     vae: AutoencoderKL,    # Image autoencoder or TCM-VAE
     frames: torch.Tensor,  # `n 3 h w` in [-1, 1]
-) -> tuple:                # Posterior, as of `vae.encode`; F_S: a list of `n c h w`, the smallest level first
-    "Encode frames and collect what each level of the encoder has before its downsampling, F_S of equation (9)."
+) -> tuple:                # Posterior, as from `vae.encode`; F_S: a list of `n c h w`, the smallest level first
+    "Encode frames and collect the features of each encoder level before its downsampling, F_S of equation (9)."
     features, encoder = [], vae.encoder
     x = encoder.conv_in(frames)
     for block in encoder.down_blocks:
@@ -164,7 +166,7 @@ def decode_features(
     vae: "TCMVAE",  # Its TCMs and refinement are used
     z: torch.Tensor,  # Latents, `b 4 t h w`
 ) -> tuple:  # Video `b 3 t 8h 8w`, about [-1, 1]; F_A: a list of `(b t) c h w`, the smallest level first
-    "Decode clips in one piece and collect what left the TCM of each level, F_A of equation (9)."
+    "Decode clips without windows and collect the output of each level's TCM, F_A of equation (9)."
     b, features, decoder = len(z), [], vae.decoder
     checkpoint = decoder.gradient_checkpointing and torch.is_grad_enabled()
     x = to_frames(z)
@@ -221,22 +223,22 @@ class DecodesInWindows:
     ):
         """Set how long videos are decoded; ValueError unless 0 <= `overlap` < `frames`.
 
-        From an overlap of twice `reach` on, windows give exactly the video decoded in one piece. The default is less,
-        since every shared frame is decoded twice; tests/test_vae.py bounds what that changes.
+        With an overlap of at least twice `reach`, windows give exactly the video decoded in one piece. The default is
+        less, to decode fewer frames twice; tests/test_vae.py bounds the error.
         """
         windows(frames, frames, overlap)
         self.window_frames, self.window_overlap = frames, overlap
 
-    def decode_whole(self, z):
-        "Decode clips `b 4 t h w` with all their frames at once, in tiles where tiling is on."
+    def decode_whole(self, z: torch.Tensor) -> torch.Tensor:
+        "Decode latents `b 4 t h w` with all frames at once, in tiles where tiling is on, to `b 3 t 8h 8w`."
         whole = lambda part: decode_features(self, part)[0]
         if not self.use_tiling:
             return whole(z)
         tile = max(self.tile_latent_min_size, 1)
         return decode_in_tiles(whole, z, tile, int(tile * self.tile_overlap_factor))
 
-    def decode_clips(self, clips, window=None):
-        "Decode clips `b 4 t h w` one by one, in windows as `set_windows` says, or of `window` frames."
+    def decode_clips(self, clips: torch.Tensor, window: int | None = None) -> torch.Tensor:
+        "Decode latents `b 4 t h w` clip by clip, in windows as set by `set_windows` or of `window` frames."
         size, overlap = self.window_frames, self.window_overlap
         if window is not None:
             size, overlap = window, min(overlap, window // 4)
@@ -244,7 +246,7 @@ class DecodesInWindows:
 
 # %% ../../nbs/models/vae.ipynb #vae-55
 class BuiltFromImageVAE:
-    "Part of `TCMVAE`: how one is made from an image autoencoder or loaded."
+    "Part of `TCMVAE`: building one from an image autoencoder, and loading."
 
     @classmethod
     def from_image_vae(
@@ -254,7 +256,8 @@ class BuiltFromImageVAE:
     ):
         """Build a TCM-VAE around an image autoencoder, with its device, type and mode.
 
-        Until it is trained it decodes what that one decodes, bit for bit. ValueError for another class or other levels.
+        Before training it decodes as the image autoencoder does, bit for bit. ValueError for another class or other
+        levels.
         """
         if type(vae) is not AutoencoderKL:
             raise ValueError(f"vae is {type(vae).__name__}: a TCM-VAE is built around an AutoencoderKL")
@@ -313,13 +316,16 @@ class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
         self.set_windows()
 
     def freeze_encoder(self):
-        "Switch off the gradients of the encoder, so that the latents stay what they are; the rest learns."
+        "Switch off the gradients of the encoder, so that the latents do not change; all other weights are trained."
         for part in (self.encoder, self.quant_conv):
             if part is not None:
                 part.requires_grad_(False)
 
     @apply_forward_hook
-    def decode(self, z, num_frames=None, return_dict=True, generator=None, window=None):
+    def decode(
+        self, z: torch.Tensor, num_frames: int | None = None, return_dict: bool = True,
+        generator: torch.Generator | None = None, window: int | None = None,
+    ) -> DecoderOutput | tuple:
         """Decode latents to pixels.
 
         Parameters
@@ -351,8 +357,11 @@ class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
             video = to_frames(video)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
-    def forward(self, sample, sample_posterior=False, return_dict=True, generator=None, num_frames=None):
-        "Encode and decode frames `(b t) 3 h w` in [-1, 1]; the posterior's mean is decoded, or a sample of it."
+    def forward(
+        self, sample: torch.Tensor, sample_posterior: bool = False, return_dict: bool = True,
+        generator: torch.Generator | None = None, num_frames: int | None = None,
+    ) -> DecoderOutput | tuple:
+        "Encode and decode frames `(b t) 3 h w` in [-1, 1], by the mean of the posterior or a sample of it."
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, num_frames, return_dict)
