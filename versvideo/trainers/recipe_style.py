@@ -78,7 +78,7 @@ def resolve_style(
 def build_adapter(
     pipe: VersVideoPipeline,  # With an image encoder
     tokens: int,  # Style tokens
-    adapter: str = "",  # Folder of a pipeline whose adapter is trained further; empty: a new one
+    adapter: str = "",  # Folder of a pipeline whose adapter to continue from; empty: a new one
 ) -> StyleAdapter:
     "A style adapter for a pipeline; ValueError for a pipeline without image encoder, or an adapter that does not fit."
     if pipe.image_encoder is None:
@@ -111,14 +111,14 @@ def nameless_styles(
     kinds: tuple,  # Drawing styles
     attributes: list,  # Of some clips
 ) -> list:
-    "Styles that captions do not name."
+    "The styles that captions do not name."
     return [kind for kind in kinds
             if all(captions(drawn_as(a, kind)) == captions(a, styled=False) for a in attributes)]
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-20
 @dataclass
 class StyleData:
-    "Latents, captions with and without styles, and embeddings of pictures, ready to be drawn from."
+    "Latents, captions with and without styles, and embeddings of pictures."
 
     kinds: tuple  # Drawing styles
     latents: torch.Tensor  # `n 4 t h w`, fp16
@@ -215,7 +215,7 @@ class StyleBatches:
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-31
 @dataclass
 class NoiseLoss:
-    "The `loss_fn` of `fit` in stage noise: that of the UNet, with the style tokens behind those of the text."
+    "The `loss_fn` of `fit` in stage noise: the UNet's loss, with style tokens after the text tokens."
 
     pipe: VersVideoPipeline  # Frozen
     plan: StylePlan
@@ -235,21 +235,21 @@ class NoiseLoss:
         return self.pipe.text_encoder(ids).last_hidden_state
 
     def joined(self, style: StyleAdapter, batch: dict) -> tuple:
-        "Text and style tokens, and the weights of these tokens."
+        "Text and style tokens `b n+k d`, and their weights `b n+k`."
         return join_tokens(self.encode(batch["ids"]), style(batch["picture"]), batch["counts"])
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-35
 class CaptionsLoss(NoiseLoss):
-    "The `loss_fn` of `fit` in stage captions: what is missed of the change that the name of a style makes."
+    "The `loss_fn` of `fit` in stage captions: relative error of the change in ε that the name of a style makes."
 
     def __init__(
         self,
         pipe: VersVideoPipeline,
         plan: StylePlan,
         data: StyleData,
-        style_dropout: float,  # Share of captions without style that the UNet was trained with
-        even: bool = False,  # Whether every named style is asked for as large a change as the most visible one
-        seed: int = 0,  # Of the noise that measures these changes
+        style_dropout: float,  # Share of captions without a style in the UNet's training
+        even: bool = False,  # Scale the change of every named style up to the size of the largest one
+        seed: int = 0,  # Of the noise with which the sizes of the changes are measured
     ):
         super().__init__(pipe, plan)
         self.data, self.style_dropout, self.seed = data, style_dropout, seed
@@ -261,12 +261,12 @@ class CaptionsLoss(NoiseLoss):
         return self.pipe.scheduler.add_noise(x, torch.randn_like(x), steps), steps
 
     def weighted(self, error: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:  # `b`
-        "Mean square of each sample, weighted as in the loss of the UNet."
+        "Mean square of each sample, with the weight of its step in the UNet's loss."
         weight = (1 + 1 / compute_snr(self.pipe.scheduler, steps)).clamp(max=self.plan.max_weight)
         return weight * error.square().mean((1, 2, 3, 4))
 
     def effect(self, batch: dict, noisy: torch.Tensor, steps: torch.Tensor) -> tuple:
-        "What the UNet predicts without a style, and what the style of each clip changes."
+        "ε(y), the prediction without a style, and Δ, the change for the style of each clip."
         kinds, named, kind = self.data.kinds, self.data.named, batch["drawn_in"]
         nameless = torch.tensor([k not in named for k in kinds], device=noisy.device)
         plain = self.pipe.unet(noisy, steps, self.encode(batch["ids"])).sample
@@ -282,7 +282,7 @@ class CaptionsLoss(NoiseLoss):
 
     @torch.no_grad()
     def size_of_effect(self, some: torch.Tensor) -> torch.Tensor:
-        "Root mean square of what a style changes in single frames of these clips."
+        "Weighted root mean square of Δ on single frames of these clips."
         data, device = self.data, self.pipe.unet.device
         few = dict(drawn_in=data.drawn_in, ids=data.texts[:, 0])
         few |= {f"named {kind}": ids[:, 0] for kind, ids in data.named.items()}
@@ -293,7 +293,7 @@ class CaptionsLoss(NoiseLoss):
         return self.weighted(self.effect(few, noisy, steps)[1], steps).mean().sqrt()
 
     def even_factors(self) -> torch.Tensor:  # One a style
-        "How many times its change is asked of each style; ValueError where a name changes nothing."
+        "The factors f of `even=True`, one for each style; ValueError where a name changes nothing."
         kinds, named = self.data.kinds, self.data.named
         sizes = [self.size_of_effect(self.data.of_style(k)[:256]) if kind in named else None
                  for k, kind in enumerate(kinds)]
@@ -324,7 +324,7 @@ def held_out_batch(
     data: StyleData,  # Gives the pictures
     n: int,  # Clips
 ) -> dict:
-    "A batch as of `StyleBatches`, of held-out clips and their first captions."
+    "A batch like those of `StyleBatches`, from held-out clips and their first captions."
     held = world.batch(range(n))
     kinds, embeddings = data.kinds, data.embeddings
     drawn_in = torch.tensor([kinds.index(a["objects"][0]["style"]) for a in held.attributes])
@@ -339,7 +339,7 @@ def held_out_batch(
 def error_only(
     loss: Callable,  # `NoiseLoss` or `CaptionsLoss`
 ) -> Callable:  # For `Validation`
-    "The error of a loss, as the loss of a validation."
+    "Wrap a loss so that its absolute error is what validation reports."
     return lambda style, **batch: dict(loss=loss(style, batch)["error"])
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-45
@@ -352,7 +352,7 @@ def picture_worth(
     n: int,  # Frames of each style
     seed: int = 0,
 ) -> list:  # Rows: `style`, `no_picture`, and `picture: STYLE` for each
-    "Errors on unseen frames of each style, with a picture of none and of each style."
+    "Errors of ε on unseen frames of each style, without a picture and with a picture of each style."
     unseen = {kind: shapes_world(row, "test", seed, (kind,), frames=1).batch(range(n)) for kind in kinds}
     pictures = {kind: shapes_world(row, "train", seed + 1, (kind,), frames=1).batch(range(n)).clips for kind in kinds}
     tokens = {kind: style(embed_frames(pipe.image_encoder, clips)[:, 0]) for kind, clips in pictures.items()}
@@ -377,7 +377,7 @@ def picture_worth(
 def worth_metrics(
     worth: list,  # Of `picture_worth`
 ) -> dict:
-    "Mean errors with the right picture, with another one, and without."
+    "Mean errors with a picture of the right style, of another style, and without a picture."
     right = [row[f"picture: {row['style']}"] for row in worth]
     wrong = [v for row in worth for k, v in row.items()
              if k.startswith("picture: ") and k != f"picture: {row['style']}"]
