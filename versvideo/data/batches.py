@@ -224,6 +224,7 @@ class LatentBatches:
 
     @property
     def bad(self) -> dict:
+        "Numbers of the bad samples found so far, each with its cause."
         return self.read_sample.bad
 
     def numbers(

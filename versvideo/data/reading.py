@@ -314,6 +314,7 @@ class Workers:
 
     @property
     def bad(self) -> dict:
+        "The bad files found so far, each with its cause."
         return self.files.causes
 
     def report(self) -> str:

@@ -95,14 +95,16 @@ def keep_freed_memory() -> bool:  # Whether the allocator could be set
 class FactorizedConv(MultiExcitationConv):
     "MEC without excitations: a 2D convolution, then a 1D convolution over frames; `b c t h w`."
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Features `b c t h w` to the same shape."
         return self.factorized(x)
 
 # %% ../../nbs/lab/cost.ipynb #cost-22
 class PartialConv(MultiExcitationConv):
     "MEC with some of its excitations: scale ⊙ Σ (1 + M) of those that are left; `b c t h w`."
 
-    def gate(self, z):
+    def gate(self, z: torch.Tensor) -> torch.Tensor:
+        "The factor on ẑ, both `b c t h w`."
         return self.scale * sum(1 + getattr(self, name)(z) for name in BRANCHES.values() if hasattr(self, name))
 
 # %% ../../nbs/lab/cost.ipynb #cost-23

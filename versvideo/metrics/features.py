@@ -53,7 +53,8 @@ class ClipExtractor(Extractor):
         self.image, self.text, self.tokenizer = image, text, tokenizer
         self.normal = None if own else OPENAI
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Frame embeddings `b t d` of clips `b 3 t h w` in [0, 1], and their mean `b d` over frames."
         frames = embed_frames(self.image, clips, self.normal)
         return dict(features=frames.mean(1), frames=frames)
 
@@ -78,7 +79,8 @@ class ShapesExtractor(Extractor):
         super().__init__("shapes", tensors_digest(network.state_dict().values()), (2, None))
         self.network = network
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Features `b d` and motion probabilities of clips `b 3 t h w` in [0, 1]."
         found = self.network(to_square(clips, 64))
         return dict(features=found["features"], probabilities=found["motion"].softmax(1))
 

@@ -61,7 +61,8 @@ class MeanColour(Extractor):
         super().__init__("mean-colour", checksum)
         self.weight = nn.Parameter(torch.ones(1))
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Mean colour `b 3` of clips `b 3 t h w` in [0, 1]."
         return dict(features=clips.mean((2, 3, 4)) * self.weight)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-10
@@ -134,7 +135,8 @@ class ScriptedI3D(Extractor):
         super().__init__("i3d-torchscript", require_file(path, "i3d", source, sha256), (10, None))
         self.network = torch.jit.load(str(path), map_location="cpu").eval()
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Logits `b 400` of clips `b 3 t h w` in [0, 1]."
         return dict(features=self.network(clips * 255, rescale=True, resize=True, return_features=True))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-29
@@ -167,7 +169,8 @@ class Unit3D(nn.Module):
         self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=plain)
         self.bn = None if plain else nn.BatchNorm3d(c_out, eps=1e-3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "`b c_in t h w` to `b c_out t/s h/s w/s`."
         x = self.conv3d(F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride)))
         return x if self.bn is None else F.relu(self.bn(x))
 
@@ -183,7 +186,8 @@ class SamePool(nn.Module):
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Largest values of `b c t h w` in each window."
         return F.max_pool3d(F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride)), self.kernel, self.stride)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-36
@@ -205,7 +209,8 @@ class Inception(nn.Module):
         self.b2a, self.b2b = Unit3D(c_in, c1), Unit3D(c1, c2, 3)
         self.b3a, self.b3b = SamePool((3, 3, 3), (1, 1, 1)), Unit3D(c_in, d)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "The outputs of all branches, concatenated along the channels; `b c t h w`."
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
 
 # %% ../../nbs/metrics/networks.ipynb #networks-38
@@ -240,7 +245,8 @@ class I3D(nn.Sequential):
         ).items():
             self.add_module(name, layer)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Clips `b 3 t 224 224` in [-1, 1] to logits `b 400`."
         return super().forward(x).mean((2, 3, 4))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-39
@@ -261,7 +267,8 @@ class StateDictI3D(Extractor):
         except RuntimeError as error:
             raise ValueError(f"{path} holds another network than I3D: {error}") from error
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Logits `b 400` of clips `b 3 t h w` in [0, 1]."
         return dict(features=self.network(to_square(to_signed(clips), 224)))
 
 # %% ../../nbs/metrics/networks.ipynb #networks-43
@@ -287,7 +294,8 @@ class C3D(nn.Module):
         self.fc7 = nn.Linear(hidden, hidden)
         self.fc8 = nn.Linear(hidden, classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Clips `b 3 16 112 112` to logits `b 101`."
         for step in ("1a", (1, 2, 2), "2a", 2, "3a", "3b", 2, "4a", "4b", 2, "5a", "5b", 2):
             if isinstance(step, str):
                 x = F.relu(getattr(self, f"conv{step}")(x))
@@ -335,7 +343,8 @@ class C3DClassifier(Extractor):
             raise ValueError(f"{path} holds another network than C3D: {error}") from error
         self.register_buffer("mean", volume)
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Logits and probabilities `b 101` of clips `b 3 16 h w` in [0, 1]."
         x = to_square(to_signed(clips).flip(1) * 128, 112, align_corners=True) + 128 - self.mean
         logits = self.network(x)
         return dict(features=logits, probabilities=logits.softmax(1))
@@ -359,7 +368,8 @@ class VideoMAE(Extractor):
         for name, values in dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
 
-    def read(self, clips):
+    def read(self, clips: torch.Tensor) -> dict:
+        "Features `b d` of clips `b 3 t h w` in [0, 1]."
         x = (to_square(clips, self.network.config.image_size) - self.mean) / self.std
         tokens = self.network(pixel_values=rearrange(x, "b c t h w -> b t c h w")).last_hidden_state
         return dict(features=tokens.mean(1))

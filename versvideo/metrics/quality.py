@@ -120,6 +120,7 @@ class ClipDistance(nn.Module):
         return [F.normalize(h.float(), dim=-1) for h in hidden[1:]]
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        "Mean distance of frames `n 3 h w` in [-1, 1], a scalar."
         pairs = zip(self.layers(x), self.layers(y), strict=True)
         return torch.stack([(a - b).square().sum(-1).mean() for a, b in pairs]).mean()
 
@@ -151,6 +152,7 @@ class LpipsDistance(nn.Module):
         return Path(torch.hub.get_dir()) / "checkpoints" / cls.file
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        "Mean distance of frames `n 3 h w` in [-1, 1], a scalar."
         return self.net(x, y).mean()
 
 # %% ../../nbs/metrics/quality.ipynb #quality-35

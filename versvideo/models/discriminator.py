@@ -42,7 +42,8 @@ class TemporalDiscriminator(ModelMixin, ConfigMixin):
             parts += [halve(a, b), nn.GroupNorm(norm_groups, b), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*parts, nn.Conv3d(widths[-1], 1, 3, padding=1))
 
-    def forward(self, clips):
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        "Clips `b c t h w` in [-1, 1] to logits `b 1 t h/2ⁿ w/2ⁿ`."
         return self.net(clips)
 
 # %% ../../nbs/models/discriminator.ipynb #discriminator-10

@@ -54,6 +54,7 @@ class Objective(nn.Module):
         return add_zero_dependency(output, list(module.modules()))
 
     def forward(self, batch: dict) -> dict:
+        "The losses of a batch, a dict of scalars."
         losses = self.loss_fn(self.model, batch)
         return losses if self.processes == 1 else losses | {"loss": add_zero_dependency(losses["loss"], self.others)}
 
