@@ -30,9 +30,9 @@ from .step import Training, batches_from, prepare, train_step
 
 # %% ../../nbs/trainers/loop.ipynb #loop-07
 def resume(
-    training: Training,  # Filled from its folder
+    training: Training, # Filled from its folder
 ) -> int:  # The first step to do
-    "Continue from the newest checkpoint; ValueError for that of another run, or where processes find different ones."
+    "Continue from the newest checkpoint; ValueError if its settings differ, or if processes find different ones."
     folder, accelerator, start = training.folder, training.accelerator, 0
     notes = load_checkpoint(folder, training.state, training.numbers, MAY_CHANGE) if folder else None
     if notes:
@@ -57,7 +57,7 @@ def log_to_trackers(
     values: dict,  # Metric to number
     step: int,
 ) -> None:
-    "Send numbers to the trackers; where a disk is full they are lost, and the run goes on."
+    "Send numbers to the trackers; if they cannot be written, warn and continue."
     try:
         training.accelerator.log(values, step=step)
     except OSError as error:
@@ -83,7 +83,7 @@ def log_clips(
 def averaged_weights(
     training: Training,
 ) -> Iterator[nn.Module]:  # The model, in evaluation mode
-    "The model with the moving average as its weights, complete on every process and without gradients."
+    "The model with the moving average as its weights, unsharded on every process, without gradients."
     objective, ema, model = training.objective, training.ema, training.inner.model
     if ema:
         ema.store(objective.parameters())
@@ -105,7 +105,7 @@ def run_validation(
     training: Training,
     step: int,  # Steps done
 ) -> dict:  # "valid_loss" and the like
-    "Means over all processes of what `validate` gives with the averaged weights; clips go to the trackers."
+    "Run `validate` with the averaged weights; returns means over processes, and sends clips to the trackers."
     accelerator = training.accelerator
     set_seed(batch_seed(0, accelerator.process_index))  # always the same noise; the next batch is seeded anew
     with averaged_weights(training) as model:
@@ -121,7 +121,7 @@ def log_when_due(
     training: Training,
     done: int,  # Steps done
 ) -> None:
-    "Every `log_every` steps, and at the end, add a row to the curve."
+    "Every `log_every` steps, and after the last, add a row to the log."
     if done % training.cfg.log_every and done != training.cfg.steps:
         return
     training.log.close_row(done, training.schedule.get_last_lr()[0])
@@ -132,7 +132,7 @@ def validate_when_due(
     training: Training,
     done: int,  # Steps done
 ) -> bool:  # Whether the loss is the lowest so far
-    "Every `save_every` steps, and at the end, validate and add the scores to the curve."
+    "Every `save_every` steps, and after the last, validate and add the scores to the log."
     log, cfg = training.log, training.cfg
     if not training.validate or (done % cfg.save_every and done != cfg.steps):
         return False
@@ -151,9 +151,9 @@ def validate_when_due(
 def save_when_due(
     training: Training,
     done: int,  # Steps done
-    stop: bool = False,  # Whether the run ends here because it was asked to
+    stop: bool = False,  # Whether SIGTERM ends the run after this step
 ) -> None:
-    "Every `save_every` steps, and at the end, validate and save; a full disk costs one checkpoint, OSError at the end."
+    "Every `save_every` steps, and after the last, validate and save; OSError only if the last save fails."
     cfg, last = training.cfg, done == training.cfg.steps
     if not training.folder or not (done % cfg.save_every == 0 or last or stop):
         return
@@ -172,10 +172,10 @@ def save_when_due(
 def stop_when_asked(
     training: Training,
     done: int,  # Steps done
-    stop: bool,  # Whether any process was asked to stop before it saved
-    asked: list,  # Non-empty where this process was asked
+    stop: bool,  # Whether any process had a SIGTERM before it saved
+    asked: list,  # Non-empty once this process has a SIGTERM
 ) -> None:
-    "`Preempted` where the run was asked to stop; at the last step it may have been asked while it saved."
+    "Raise `Preempted` after a SIGTERM; at the last step also for one that came during the save."
     if done == training.cfg.steps:
         stop = any(gather_object([bool(asked)]))
     if not stop:
@@ -190,7 +190,7 @@ def stop_when_asked(
 # %% ../../nbs/trainers/loop.ipynb #loop-32
 def finish(
     training: Training,
-    model: nn.Module,  # That `fit` was given; it gets the weights
+    model: nn.Module,  # The one given to `fit`; it gets the weights
 ) -> None:
     "Give the model the averaged weights, in evaluation mode, and close the trackers."
     inner = training.inner
@@ -210,7 +210,7 @@ def run_steps(
     start: int,  # First step
     batch_fn: Callable,  # `(step, batch_index) -> dict` of tensors
 ) -> None:
-    "Do the steps from `start` on; log, validate, save and stop when it is due."
+    "Do the steps from `start` on, with logging, validation, checkpoints and stops."
     cfg = training.cfg
     with (
         catch_sigterm() as asked,
@@ -240,19 +240,19 @@ def fit(
     Parameters
     ----------
     cfg : settings
-    model : trained in place; left with the trained (averaged) weights, in evaluation mode
+    model : trained in place; ends with the averaged weights, in evaluation mode
     loss_fn : `(model, batch) -> dict` of scalars with a "loss"
-    batch_fn : `(step, batch_index) -> dict` of tensors; must depend on nothing but these two numbers
+    batch_fn : `(step, batch_index) -> dict` of tensors, which depends only on these two numbers
     folder : checkpoints; the same call with the same folder resumes an interrupted run
     after_step : `(model) -> None`, after each optimiser step
-    pretrained : names of parameters that learn at `cfg.pretrained_share` of the rate
+    pretrained : names of parameters with the learning rate `cfg.pretrained_share * cfg.lr`
     run : further settings that identify the run; a checkpoint with others is refused
     validate : `(model, rank, world) -> dict` of scalars with a "loss", and of clips for the trackers; called before
         each checkpoint on every process, which must call the model equally often
 
     Raises
     ------
-    ValueError : for a folder with another run, or a damaged checkpoint
+    ValueError : for a folder with a run of other settings, or a damaged checkpoint
     RuntimeError : where too many steps were skipped, or another process was lost
     Preempted : after SIGTERM, once a checkpoint is saved; ends the process with 0
     """

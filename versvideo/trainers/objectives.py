@@ -86,7 +86,7 @@ def clip_loss(
     left: torch.Tensor,  # Unit vectors, `b d`
     right: torch.Tensor,  # Unit vectors, `b d`; row i belongs to row i of `left`
     scale: torch.Tensor | float,  # Factor on the similarities
-    labels: torch.Tensor | None = None,  # `b`; rows of equal number are equally right. None: all differ
+    labels: torch.Tensor | None = None,  # `b`; pairs with equal labels are correct. None: all differ
 ) -> torch.Tensor:  # Scalar
     "Symmetric cross-entropy of the similarities, with soft targets where labels repeat."
     logits = scale * left @ right.T
@@ -97,9 +97,9 @@ def clip_loss(
 
 # %% ../../nbs/trainers/objectives.ipynb #objectives-26
 def label_rows(
-    rows: Iterable,  # One hashable truth a clip, for example a tuple of colour and shape
-) -> torch.Tensor:  # `b`, long; equal truths have equal numbers
-    "Number the distinct truths in order of appearance."
+    rows: Iterable,  # For each clip something hashable, for example a tuple of colour and shape
+) -> torch.Tensor:  # `b`, long; equal entries have equal numbers
+    "Number the distinct entries in order of appearance."
     numbers = {}
     return torch.tensor([numbers.setdefault(row, len(numbers)) for row in rows])
 
@@ -108,10 +108,10 @@ def clip_objective(
     model: CLIPModel,  # Both towers
     batch: dict[str, torch.Tensor],  # See below
 ) -> dict[str, torch.Tensor]:  # Scalars: loss = frame + paraphrase
-    """Loss of frames against captions plus loss of wordings against other wordings.
+    """Contrastive loss of frames and captions, plus that of two captions of each scene.
 
     The batch holds pixels `b 3 h w` (of `preprocess_frames`), their captions `b n` and looks `b`; first and
-    second `k n`, two wordings of each text-only scene, and scenes `k`.
+    second `k n`, two captions of each text-only scene, and scenes `k`.
     """
     texts = [batch["captions"], batch["first"], batch["second"]]
     out = model(input_ids=torch.cat(texts), pixel_values=batch["pixels"])
@@ -125,9 +125,9 @@ def clip_objective(
 def retrieval_accuracy(
     queries: torch.Tensor,  # Unit vectors, `b d`
     candidates: torch.Tensor,  # Unit vectors, `b d`; row i answers query i
-    labels: torch.Tensor | None = None,  # `b`; a candidate of the query's label is right
+    labels: torch.Tensor | None = None,  # `b`; a candidate with the query's label is correct
     among: int = 64,  # Candidates a query; an incomplete last group is left out
-) -> float:  # Share of right answers in [0, 1]
+) -> float:  # Share of correct answers in [0, 1]
     "Top-1 accuracy within consecutive groups of `among`. ValueError for fewer rows than one group."
     groups = len(queries) // among
     if not groups:
