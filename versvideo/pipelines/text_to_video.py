@@ -99,19 +99,19 @@ VersVideoPipeline.__call__.__doc__ = """Generate videos from text, conditions an
 Parameters
 ----------
 prompt : str or list of str
-    What to show, a text or one for each video. May be left out with `conditions`, `image` or `style_image`.
+    What to show; one text, or one for each video. May be left out with `conditions`, `image` or `style_image`.
 negative_prompt : str or list of str
-    What not to show, by guidance; one for all prompts or one for each. Default: the empty text.
+    What not to show (needs guidance); one for all prompts or one for each. Default: the empty text.
 num_frames, height, width : int
     Frames and pixels; height and width are multiples of 8. Default: the size of the conditions, else as trained.
 num_inference_steps : int
     Denoising steps, from 1 to well below the 1000 of training. Default 25.
 guidance_scale : float
-    Guidance by the prompt, 0 to 1000; up to 1 it is off, above it each step costs twice as much. Default 4.
+    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4.
 guidance_rescale : float
-    How far guided noise is scaled back to the deviation of unguided noise, 0 (not) to 1 (wholly). Default 0.
+    Rescaling of guided noise to the standard deviation of unguided noise, 0 (off) to 1 (full). Default 0.
 num_videos_per_prompt : int
-    Videos of each prompt; they follow each other. Default 1.
+    Videos for each prompt, next to each other in the batch. Default 1.
 eta : float
     Share of the noise that DDIM adds back at each step, 0 (deterministic) to 1. Default 0.
 generator : torch.Generator or list of torch.Generator
@@ -130,7 +130,7 @@ return_dict : bool
 callback_on_step_end : callable
     `f(pipe, i, t_idx, tensors) -> dict` after each step; the tensors it returns replace the old ones.
 callback_on_step_end_tensor_inputs : list of str
-    What it gets: "latents" (default), "prompt_embeds", "negative_prompt_embeds".
+    Tensors that the callback gets: "latents" (default), "prompt_embeds", "negative_prompt_embeds".
 conditions : dict
     Name to clip `n c t h w` in [0, 1], with n one or the number of videos; names and channels are those that the
     ControlNet was trained on. `versvideo.data.conditions.extract_condition` makes them from a video.
@@ -141,13 +141,13 @@ control_start, control_end : float or dict
 image : PIL.Image.Image, numpy.ndarray or torch.Tensor
     Picture (`h w 3` as an array, `3 h w` as a tensor) that becomes the first frame; one, or one for each video.
 hold_image : bool
-    True (default) keeps given frames exactly while "image" is active; False leaves them to the ControlNet.
+    True (default) clamps given frames while "image" is active; False leaves them to the ControlNet.
 style_image : PIL.Image.Image, numpy.ndarray or torch.Tensor
-    Picture whose style is wanted; one for all videos or one for each.
+    Picture that gives the drawing style; one for all videos or one for each.
 style_scale : float
     Strength of the style, 0 to 1000. Default 1.
 style_guidance : float
-    Guidance by the style beyond the prompt, 0 to 1000; costs one more pass. Default None: guided with the prompt.
+    A separate guidance scale for the style, 0 to 1000; costs one more pass. Default None: that of the prompt.
 
 Returns
 -------
@@ -157,7 +157,7 @@ VersVideoPipelineOutput or tuple
 Raises
 ------
 ValueError, TypeError
-    For an argument that cannot work, with what to give instead, before anything is generated.
+    For an argument that cannot work, before anything is generated; the message says what to give instead.
 
 Examples
 --------
