@@ -4,12 +4,12 @@
 # make test                      every check, as continuous integration runs it
 # make check                     lint, sync, layout, and the tests of the rooms that have changed
 # make lab                       JupyterLab on the notebooks
-# make results [ONLY=RUN]        the embedded model and its results again (hours, continues after a stop),
-#                                or one run of results/; says which numbers drifted (43 and 44 were measured
-#                                before the rounds on a GPU, with the model that make results alone makes)
-# make results-gpu               the rounds and measurements that were made on one (an H200), from there on
-# make readme                    the tables of README.md and results/README.md from the records
-# Each one first makes the .venv that it needs; PYTHON=python3.12 chooses the interpreter.
+# make results [ONLY=RUN]        trains the embedded model and measures it again (hours, continues after a stop),
+#                                or repeats one run of results/; prints which numbers changed. The records of
+#                                43 and 44 are from the model before make results-gpu, as here
+# make results-gpu               after make results: the trainings and measurements on a GPU (an H200)
+# make readme                    rebuilds the tables of README.md and results/README.md from the records
+# Each target first creates .venv if it is missing; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 RUN := $(BIN)/versvideo run
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m versvideo run
 
-# Only what is given to make counts: an exported PROMPT is a shell's own. $(value) keeps $ signs.
+# Only values on make's command line count, not exported shell variables. $(value) keeps $ signs.
 given = $(if $(filter command line,$(origin $(1))),$(value $(1)))
 unexport PROMPT VIDEO CONDITIONS STYLE CONDITION_MODELS
 export GIVEN_PROMPT := $(call given,PROMPT)
@@ -68,9 +68,8 @@ readme: $(INSTALLED)
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs
 
-# Each run leaves its checkpoints in its folder and continues from them, so that make results can be
-# stopped and started again; they go when all is done. What was trained becomes the pipeline that the
-# package ships.
+# Each run keeps its checkpoints in its folder and continues from them, so make results can be stopped and
+# started again. The checkpoints are deleted at the end. The trained parts become the embedded pipeline.
 ifdef ONLY
 results: $(INSTALLED)
 	$(BIN)/versvideo results again $(ONLY)
@@ -146,9 +145,9 @@ results: $(INSTALLED)
 	$(BIN)/versvideo results drift
 endif
 
-# After make results, whose trainings it goes on from: rounds of the ControlNet and the style adapter
-# over more clips on a GPU, which the embedded model takes over; then what they are worth, and what
-# larger sizes take. (Where the records name the embedded model as a start, it held just these.)
+# Continues from the trainings of make results: trains the ControlNet and the style adapter on more clips
+# on a GPU and puts them into the embedded model, then measures both, and the cost of the larger sizes.
+# (Records that name the embedded model as their start began with the same weights.)
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
