@@ -5,8 +5,7 @@
 # make check                     lint, sync, layout, and the tests of the rooms that have changed
 # make lab                       JupyterLab on the notebooks
 # make results [ONLY=RUN]        trains the embedded model and measures it again (hours, continues after a stop),
-#                                or repeats one run of results/; prints which numbers changed. The records of
-#                                43 and 44 are from the model before make results-gpu, as here
+#                                or repeats one run of results/; prints which numbers changed
 # make results-gpu               after make results: the trainings and measurements on a GPU (an H200)
 # make readme                    rebuilds the tables of README.md and results/README.md from the records
 # Each target first creates .venv if it is missing; PYTHON=python3.12 chooses the interpreter.
@@ -148,6 +147,7 @@ endif
 # Continues from the trainings of make results: trains the ControlNet and the style adapter on more clips
 # on a GPU and puts them into the embedded model, then measures both, and the cost of the larger sizes.
 # (Records that name the embedded model as their start began with the same weights.)
+# The records of 43 and 44 outside results/h200 were measured before it, with the model of make results.
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
