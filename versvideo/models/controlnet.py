@@ -36,7 +36,8 @@ class ConditionAdapter(nn.Module):
         super().__init__()
         self.embedding = ControlNetConditioningEmbedding(width, channels, widths)
 
-    def forward(self, condition):
+    def forward(self, condition: torch.Tensor) -> torch.Tensor:
+        "A condition clip `b c t 8h 8w` in [0, 1] to features `b d t h w`."
         return per_frame(self.embedding, condition)
 
 # %% ../../nbs/models/controlnet.ipynb #controlnet-14
