@@ -1,4 +1,4 @@
-"""The decoder that knows of time: exact at the start, in other people's pipelines, and its loss."""
+"""The temporal decoder: exact at the start, in other people's pipelines, and its loss."""
 
 import copy
 from types import SimpleNamespace
