@@ -190,7 +190,7 @@ def measure_retrieval(
     n: int,  # Clips, at least 64
     seed: int = 0,  # Of the wordings
 ) -> dict:
-    "Shares of right answers: frame to caption, wording to wording, and twins told apart."
+    "Shares of right answers: frame to caption, wording to wording, and twins distinguished."
     text_encoder, image_encoder, tokenizer = towers
     g = torch.Generator().manual_seed(seed)
     frames, truths = draw_frames(world, n)
