@@ -102,8 +102,8 @@ def channel_mask(z, p):
     return sigmoid(c3)[..., None, None]
 
 
-def motion_mask(z, p):
-    "M_M, `b c t 1 1`, from the differences of equation (5); nothing follows the last frame."
+def motion_mask(z, p, magnitude=False):
+    "M_M, `b c t 1 1`, from the differences of equation (5), or |m|; nothing follows the last frame."
     B, C, T, H, W = z.shape
     S = len(p["squeeze.weight"])
     squeezed = each((B, S, T), lambda b, s, t: sum(
@@ -112,6 +112,7 @@ def motion_mask(z, p):
     def motion(b, s):
         q, k_2d = squeezed[b, s], p["filter.weight"][s, 0]
         m = [filter3x3(q[t], k_2d) - q[t - 1] for t in range(1, T)]
+        m = [difference.abs() for difference in m] if magnitude else m
         pooled = [difference.sum() / (H * W) for difference in m]
         return torch.stack([*pooled, z.new_zeros(())])
 
@@ -125,15 +126,21 @@ def excite(z, mask):
     return z + z * mask
 
 
-def multi_excitation(x, p, share=1 / 8):
-    "The sum of the four branches, the three excited ones times a learned scale for each channel."
+def multi_excitation(x, p, share=1 / 8, start="scaled", magnitude=False):
+    """The sum of the four branches: as the paper has it, or the three excited ones times a learned
+    scale for each channel, or in the centred form, a + the masks less one half each.
+    """
     z = temporal_shift(x, share)
-    branches = [excite(z, spatial_temporal_mask(z, part(p, "spatial_temporal"))),
-                excite(z, channel_mask(z, part(p, "channel"))),
-                excite(z, motion_mask(z, part(p, "motion")))]
+    masks = [spatial_temporal_mask(z, part(p, "spatial_temporal")),
+             channel_mask(z, part(p, "channel")),
+             motion_mask(z, part(p, "motion"), magnitude)]
     factorized = temporal(spatial(x, part(p, "spatial")), part(p, "temporal"))
-    return each(x.shape[:2], lambda b, c: factorized[b, c] + p["scale"][c, 0, 0, 0] * sum(
-        branch[b, c] for branch in branches))
+    if start == "centred":
+        excited = z * (p["scale"] + sum(mask - 1 / 2 for mask in masks))
+    else:
+        excited = sum(excite(z, mask) for mask in masks)
+    scale = p["scale"] if start == "scaled" else torch.ones(x.shape[1], 1, 1, 1)
+    return each(x.shape[:2], lambda b, c: factorized[b, c] + scale[c, 0, 0, 0] * excited[b, c])
 
 
 # Mixture-of-experts spatial-temporal attention (2.2, Figure 1 bottom right)

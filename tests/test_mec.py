@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from versvideo.modules.mec import (
+    STARTS,
     ChannelExcitation,
     MotionExcitation,
     MultiExcitationConv,
@@ -20,6 +21,7 @@ PARTS = {
     "mec": (lambda c: MultiExcitationConv(c, reduction=4, share=1 / 4),
             "multi_excitation"),
 }
+FORMS = [dict(start=start, magnitude=magnitude) for start in STARTS for magnitude in (False, True)]
 
 
 def clip(*shape):
@@ -54,6 +56,38 @@ def test_temporal_shift_by_hand():
 @pytest.mark.parametrize("shape", [(2, 8, 3, 3, 4), (1, 8, 2, 1, 1), (1, 4, 5, 2, 3)])
 def test_equals_its_equation(name, shape):
     assert max(compare(name, clip(*shape))) < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_gate(form):
+    torch.manual_seed(0)
+    module, x = literal.randomise(MultiExcitationConv(8, **form)), clip(2, 8, 4, 3, 3)
+    p = dict(module.named_parameters())
+    assert max(literal.gap(module(x), literal.multi_excitation(x, p, **form), [x, *p.values()])) < 1e-9
+
+
+@pytest.mark.parametrize("left", [("channel",), ("spatial_temporal", "motion")])
+def test_some_excitations(left):
+    torch.manual_seed(0)
+    module, x = literal.randomise(MultiExcitationConv(8, excitations=left, start="paper")), clip(1, 8, 3, 3, 3)
+    p = dict(module.named_parameters())
+    assert {name.split(".")[0] for name in p} == {"spatial", "temporal", *left}
+    masks = dict(spatial_temporal=literal.spatial_temporal_mask, channel=literal.channel_mask,
+                 motion=literal.motion_mask)
+    z = literal.temporal_shift(x)
+    factorized = literal.temporal(literal.spatial(x, literal.part(p, "spatial")), literal.part(p, "temporal"))
+    want = factorized + sum(literal.excite(z, masks[name](z, literal.part(p, name))) for name in left)
+    assert max(literal.gap(module(x), want, [x, *p.values()])) < 1e-9
+
+
+def test_an_image_through_the_excited_branches():
+    torch.manual_seed(0)
+    module, x = literal.randomise(MultiExcitationConv(8, start="paper", images=True)), clip(2, 8, 1, 3, 3)
+    p, z = dict(module.named_parameters()), literal.temporal_shift(x)
+    masks = (literal.spatial_temporal_mask(z, literal.part(p, "spatial_temporal")),
+             literal.channel_mask(z, literal.part(p, "channel")), literal.motion_mask(z, literal.part(p, "motion")))
+    want = literal.spatial(x, literal.part(p, "spatial")) + sum(literal.excite(z, mask) for mask in masks)
+    assert max(literal.gap(module(x), want, [x, *p.values()])) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["spatial_temporal", "channel", "motion"])
@@ -106,12 +140,12 @@ MUTANTS = {
     "temporal kernel causal": ("mec", "at(x[b, c], t + k - 1)", "at(x[b, c], t + k - 2)"),
     "gates without the identity": ("mec", "return z + z * mask", "return z * mask"),
     "masks from the unshifted clip": (
-        "mec", 'motion_mask(z, part(p, "motion"))', 'motion_mask(x, part(p, "motion"))'),
-    "excites the unshifted clip": ("mec", "branches = [excite(z, ", "branches = [excite(x, "),
+        "mec", 'motion_mask(z, part(p, "motion"), ', 'motion_mask(x, part(p, "motion"), '),
+    "excites the unshifted clip": ("mec", "sum(excite(z, mask)", "sum(excite(x, mask)"),
     "factorized path shifted": ("mec", "spatial(x, part", "spatial(z, part"),
     "a branch left out": (
-        "mec", 'excite(z, channel_mask(z, part(p, "channel"))),', ""),
-    "no scale": ("mec", ' + p["scale"][c, 0, 0, 0] * sum(', " + sum("),
+        "mec", 'channel_mask(z, part(p, "channel")),', ""),
+    "no scale": ("mec", " + scale[c, 0, 0, 0] * excited", " + excited"),
     "M_S pools time": ("spatial_temporal", "sum(z[b, c, t] for c in range(C))",
                        "sum(z[b, c].mean(0) for c in range(C))"),
     "M_S sums": ("spatial_temporal", "sum(z[b, c, t] for c in range(C)) / C",

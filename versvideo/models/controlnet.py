@@ -227,6 +227,7 @@ class VersVideoControlNet(BuiltFromUNet, ConditionFeatures, LayeredModel):
         norm_groups: int = 32,
         temporal_levels: tuple | None = None,
         temporal_attentions: int = 1,
+        mec: dict | None = None,
     ):
         super().__init__()
         if not conditions:

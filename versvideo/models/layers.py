@@ -39,12 +39,13 @@ class ResBlock(nn.Module):
         channels_out: int,      # c'
         step_dim: int,          # Width of the embedded diffusion step
         norm_groups: int = 32,  # Groups of the group norms
+        mec: dict | None = None,  # Arguments of `MultiExcitationConv`
     ):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(norm_groups, channels_in), nn.GroupNorm(norm_groups, channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.step = nn.Linear(step_dim, channels_out)
-        self.conv2 = MultiExcitationConv(channels_out)
+        self.conv2 = MultiExcitationConv(channels_out, **mec or {})
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         nn.init.zeros_(self.conv2.spatial.weight)
         nn.init.zeros_(self.conv2.spatial.bias)
@@ -75,6 +76,7 @@ class Layer(nn.Module):
         spatial: bool = True,     # With a spatial transformer
         temporal: bool = True,    # With a temporal transformer
         temporal_attentions: int = 1,  # Self-attentions of the temporal transformer
+        mec: dict | None = None,  # Arguments of `MultiExcitationConv`
     ):
         super().__init__()
         attention = over_time = None  # made before `res`: the order decides which weights a seed gives
@@ -82,7 +84,7 @@ class Layer(nn.Module):
             attention = SpatialTransformer(channels, head_dim, text_dim, experts[0], norm_groups)
         if temporal:
             over_time = TemporalTransformer(channels, head_dim, experts[1], norm_groups, temporal_attentions)
-        self.res = ResBlock(channels_in, channels, step_dim, norm_groups)
+        self.res = ResBlock(channels_in, channels, step_dim, norm_groups, mec)
         self.spatial, self.temporal = attention, over_time
 
     def forward(
@@ -172,6 +174,7 @@ def layer_arguments(
         experts=config.experts,
         norm_groups=config.norm_groups,
         temporal_attentions=config.temporal_attentions,
+        mec=config.mec,
     )
     return [
         common | dict(channels=c, head_dim=d, spatial=s, temporal=t)
@@ -260,7 +263,7 @@ class LayeredModel(ExpertMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAda
         self.down = layers_of(levels, channels_in(widths, config.layers_per_block)[0])
         self.downsample = nn.ModuleList(Downsample(c) for c in widths[:-1])
         self.middle = Layer(widths[-1], **levels[-1] | dict(spatial=True, temporal=True))
-        self.middle_out = ResBlock(widths[-1], widths[-1], 4 * widths[0], config.norm_groups)
+        self.middle_out = ResBlock(widths[-1], widths[-1], 4 * widths[0], config.norm_groups, config.mec)
 
     def embed_step(
         self,

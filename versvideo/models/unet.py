@@ -47,6 +47,7 @@ class VersVideoUNet(LayeredModel):
     sample_size : latent frames, height and width it is trained on; not a limit.
     temporal_levels : which levels have the temporal transformer; None: attention_levels.
     temporal_attentions : self-attentions of a temporal transformer.
+    mec : arguments of every `MultiExcitationConv`: excitations, start, share, magnitude, images.
 
     Raises
     ------
@@ -68,6 +69,7 @@ class VersVideoUNet(LayeredModel):
         sample_size: tuple = (16, 8, 8),
         temporal_levels: tuple | None = None,
         temporal_attentions: int = 1,
+        mec: dict | None = None,
     ):
         super().__init__()
         widths = block_out_channels
