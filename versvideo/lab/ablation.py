@@ -38,6 +38,7 @@ from ..models.sizes import SIZES
 from ..models.tokenizer import tokenize
 from ..models.unet import VersVideoUNet
 from ..modules.mec import EXCITATIONS, MultiExcitationConv
+from ..modules.moe import expert_spread
 from ..pipelines.text_to_video import VersVideoPipeline
 from ..trainers.batches import batch_seed, draw_latents
 from ..trainers.config import FitConfig
@@ -98,8 +99,8 @@ class Budget:
 BUDGETS = {
     "smoke": Budget("smoke", dict(block_out_channels=(16, 32)), (4, 32, 32), steps=2, batch=2, clips=4, n=18,
                     sampling=1),
-    "XS": Budget("XS", dict(block_out_channels=(32, 32), attention_levels=(True, True)), (8, 32, 32), steps=4000,
-                 batch=16, clips=8192, n=216, sampling=10),
+    "XS": Budget("XS", dict(block_out_channels=(32, 32), attention_levels=(True, True)), (8, 32, 32), steps=2000,
+                 batch=16, clips=4096, n=216, sampling=10),
 }
 GUIDANCE = 3.0  # Scale of classifier-free guidance of the clips that are scored
 SHIFT = 3.0     # Of the noise of clips towards high noise, where motion is decided
@@ -271,7 +272,7 @@ def train_unet(
     data: TrainingData,
     folder: Path | None = None,  # Checkpoints, from which a stopped training continues
 ) -> tuple:         # Trained UNet with merged experts, and its `Log`
-    "Train a variant; the curve has the held-out error ten times."
+    "Train a variant; ten times on the way, the curve has the held-out error and the spread of the experts."
     tenth = max(budget.steps // 10, 1)
     cfg = FitConfig(budget.steps, budget.batch, budget.lr, warmup=100, ema_decay=0.995, seed=seed, log_every=tenth,
                     save_every=tenth, keep=1, pretrained_share=variant.gate_lr)
@@ -280,7 +281,7 @@ def train_unet(
     gates = gate_parameters(unet) if variant.gate_lr != 1 else []   # a group with a learning rate of its own
     log = fit(cfg, unet, lambda net, batch: class_loss(net, data, **batch), make_batches(data, budget, seed), folder,
               after_step=lambda net: net.exchange_experts(variant.beta), pretrained=gates, run=asdict(variant),
-              validate=lambda net, rank, world: dict(loss=held_out_loss(net, data)))
+              validate=lambda net, rank, world: dict(loss=held_out_loss(net, data), expert_spread=expert_spread(net)))
     return unet.merge_experts() if variant.experts > 1 else unet, log
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-38
