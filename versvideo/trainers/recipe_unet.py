@@ -17,7 +17,7 @@ from ..core.checks import pick
 from ..data.batches import LatentBatches
 from ..models.contracts import Denoiser
 from ..models.pretrained import load_init
-from ..models.sizes import SIZES, Size
+from ..models.sizes import SIZES, Size, leave_out
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
 from ..pipelines.text_to_video import VersVideoPipeline
@@ -62,13 +62,14 @@ def resolve_unet(
     style_dropout: float = 0.0,  # Share of captions that leave the drawing style out
     init: str = "",  # What the weights start from; empty: random weights
     pretrained_share: float = 0.1,  # Of the learning rate, for what `init` loads
+    without: str = "",  # Parts left out, as of `leave_out`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `Size` with its experts, `FitConfig`, `UNetPlan`
     "The settings of a run; ValueError for an unknown size, or numbers out of range."
     cfg, plan = pick(UNET_RUNS, size, "size")
     if image_steps < -1 or not 0 <= style_dropout <= 1:
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
-    unet = SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {})
+    unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
     new = change_settings(cfg, pretrained_share=pretrained_share if init else 1.0, **changes)
     if image_steps < 0:  # a shorter run starts with fewer; what is loaded knows images
         image_steps = 0 if init else plan.image_steps * new.steps // cfg.steps
