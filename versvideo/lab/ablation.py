@@ -91,7 +91,7 @@ class Budget:
 BUDGETS = {
     "smoke": Budget("smoke", dict(block_out_channels=(16, 32)), (4, 32, 32), steps=2, batch=2, clips=4, n=9,
                     sampling=1),
-    "XS": Budget("XS", dict(block_out_channels=(32, 32), attention_levels=(True, True)), (8, 32, 32), steps=2000,
+    "XS": Budget("XS", dict(block_out_channels=(32, 32), attention_levels=(True, True)), (8, 32, 32), steps=1400,
                  batch=16, clips=4096, n=216, sampling=10),
 }
 GUIDANCE = 3.0  # Scale of classifier-free guidance of the clips that are scored
