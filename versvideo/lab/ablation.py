@@ -89,8 +89,8 @@ class Budget:
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-12
 BUDGETS = {
-    "smoke": Budget("smoke", dict(block_out_channels=(16, 32)), (4, 32, 32), steps=2, batch=2, clips=4, n=9,
-                    sampling=1),
+    "smoke": Budget("smoke", dict(block_out_channels=(16,), attention_levels=(True,)), (4, 32, 32), steps=2, batch=2,
+                    clips=4, n=9, sampling=1),
     "XS": Budget("XS", dict(block_out_channels=(32, 32), attention_levels=(True, True)), (8, 32, 32), steps=1400,
                  batch=16, clips=4096, n=216, sampling=10),
 }

@@ -9,6 +9,7 @@ __all__ = ['percent', 'marked', 'generation_rows', 'control_rows', 'decoder_rows
 from pathlib import Path
 
 from ..core.records import read_json
+from .excitations import DEAD
 from .tables import format_interval, relabel
 
 # %% ../../nbs/lab/summary.ipynb #summary-06
@@ -54,25 +55,31 @@ def decoder_rows(decoder: dict, parts: dict) -> list[tuple]:  # Of 42_reconstruc
              f"{with_all:.3f} and {without:.3f}: no effect shown", "parts")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-16
-def part_rows(variants: dict, cost: dict) -> list[tuple]:  # Of 50_ablation_unet and 60_cost
+def part_rows(variants: dict, inside: dict, cost: dict) -> list[tuple]:  # Of 50_ablation_unet, 54_excitations, 60_cost
     "What multi-excitation convolution and experts bring and cost."
+    gone, constant = (inside["verdict"][change] for change in ("no excited branches", "masks frozen"))
+    dead = [name for name, change in (("branches", gone), ("masks", constant)) if change < DEAD]
+    state = f"{' and '.join(dead)} are dead" if dead else "in use"
     both = variants["both"]["FVD"]["value"] - variants["2D+1D, one FFN"]["FVD"]["value"]
     moves = percent(variants["both"]["read_motion"]["value"])
     return [("FVD change by excitations and experts, 400 steps",
              f"{both:+.1f}, inconclusive ({moves} of motions correct)", "variants"),
+            ("largest change of the error of ε without the excited branches; with constant masks",
+             f"{100 * gone:.1f} %; {100 * constant:.2f} %: {state}", "inside"),
             ("time of a sampling step of L with both, relative to without",
              f"{cost['inference: merged']:.2f} times", "cost")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-18
 def summary(
     root: Path,  # Of the runs
-    judge: str, scores: str, follow: str, style: str, decoder: str, parts: str, variants: str, cost: str,  # Runs
+    judge: str, scores: str, follow: str, style: str, decoder: str, parts: str, variants: str, inside: str,
+    cost: str,  # Runs
 ) -> list[dict]:
     "Rows of the README's table of results: what, value, record."
     runs = dict(judge=judge, scores=scores, follow=follow, style=style, decoder=decoder, parts=parts,
-                variants=variants, cost=cost)
+                variants=variants, inside=inside, cost=cost)
     read = {name: relabel(read_json(Path(root) / run / "metrics.json")) for name, run in runs.items()}
     rows = [*generation_rows(read["judge"], read["scores"]), *control_rows(read["follow"], read["style"]),
-            *decoder_rows(read["decoder"], read["parts"]), *part_rows(read["variants"], read["cost"])]
+            *decoder_rows(read["decoder"], read["parts"]), *part_rows(read["variants"], read["inside"], read["cost"])]
     return [{"what": what, "value": value, "record": f"[{runs[name]}](results/{runs[name]}.ipynb)"}
             for what, value, name in rows]
