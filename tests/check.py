@@ -5,19 +5,22 @@ None of them changes a file of the repository.
 
 import difflib
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
-from PIL import Image
-
+import versvideo
+from versvideo.core.notebooks import code_cells, find_notebook, parameter_values
 from versvideo.core.records import read_json
-from versvideo.media.video import write_video
-from versvideo.world.shapes import MovingShapes
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -103,42 +106,111 @@ def installed() -> None:
         raise SystemExit(code)
 
 
-def runs() -> None:
-    """Run notebooks as users start them: by papermill at their defaults, which take seconds on a CPU, and some at other
-    parameters, by torchrun and by accelerate. `make test` leaves them out of nbdev_test, which would run them again.
+def run_quietly(name: str, work: Callable, said: Path) -> None:
+    "In a fork: do the work in the repository, what it prints and its temporary files kept in a folder."
+    said.mkdir()
+    with open(said / "said.txt", "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(REPO)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(said)
+    work()
+
+
+def two_at_a_time(jobs: dict[str, Callable], folder: Path) -> None:
+    """Do the jobs, by name, in forks of this process; SystemExit naming those that failed, after what they printed.
+
+    This process has imported what takes seconds, and has no threads.
     """
-    notebooks = [(path,) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))]
-    notebooks += [(REPO / "nbs/21_train_vae.ipynb", "stage=tcm", "perceptual=clip", *more)
-                 for more in ((), ("without=tcm+refinement",))]
-    notebooks += [(REPO / "nbs/23_train_style.ipynb", "model=XS", "stage=captions", "even=True",
-                   "adapter=versvideo/weights/XS", "workers=1")]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+    waiting, running, failed = list(enumerate(jobs.items())), {}, []
+    while waiting or running:
+        while waiting and len(running) < 2:
+            number, (name, work) = waiting.pop(0)
+            process = get_context("fork").Process(target=run_quietly, args=(name, work, folder / str(number)))
+            process.start()
+            running[process.sentinel] = name, process, folder / str(number) / "said.txt", time.monotonic()
+        for sentinel in wait(running):
+            name, process, said, start = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                print(said.read_text(), file=sys.stderr)
+                failed.append(name)
+            print(name, "FAILED" if process.exitcode else f"{time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def import_everything() -> None:
+    "So that forks need not; with one thread, as forks find no others."
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in pkgutil.walk_packages(versvideo.__path__, "versvideo."):
+        import_module(module.name)
+
+
+def in_a_shell(name: str, *arguments: str) -> Callable:
+    "A run notebook as Jupyter runs it, what it shows included, but in this process."
+    def work() -> None:
+        from execnb.shell import CaptureShell, format_exc
+        notebook = find_notebook(name)
+        values, shell = parameter_values(notebook, arguments), CaptureShell(notebook)
+        for cell, tags, source in code_cells(notebook):
+            outputs = shell.run(source)
+            if shell.exc:
+                raise SystemExit(f"{outputs}\n{''.join(format_exc(shell.exc))}\n{name}, cell {cell} failed")
+            if "parameters" in tags:
+                shell.user_ns.update(values)
+    return work
+
+
+def versvideo_run(*arguments: str | Path, by: tuple = ("python",)) -> Callable:
+    "The command that runs a notebook, by Python or by a launcher."
+    return lambda: call(BIN / by[0], *by[1:], "-m", "versvideo", "run", *arguments, cwd=REPO)
+
+
+def runs() -> None:
+    """Every run notebook at its defaults, or at fewer steps where these take minutes; some as users start them: by
+    papermill, by torchrun and by accelerate. `make test` leaves them out of nbdev_test, which would run them again.
+    """
+    fewer = {"31_control": ("steps=4",), "33_judge": ("steps=8",)}
+    import_everything()
+    from PIL import Image
+
+    from versvideo.media.video import write_video
+    from versvideo.world.shapes import MovingShapes
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
         own = MovingShapes.full("test", 0, frames=40, size=(90, 120)).batch([0]).clips[0]
-        write_video(own, Path(folder) / "own.mp4", fps=30)
-        Image.fromarray(own[:, 0].permute(1, 2, 0).numpy()).save(Path(folder) / "own.png")
-        notebooks += [(REPO / "nbs/32_edit.ipynb", f"video={folder}/own.mp4",
-                       f"style={folder}/own.png", "steps=4")]
-
-        def smoke(run: tuple) -> float:
-            start, (notebook, *parameters) = time.monotonic(), run
-            call(sys.executable, "-m", "versvideo", "run", f"nbs/{notebook.name}", *parameters, "--out",
-                 Path(folder) / f"{len(parameters)}-{notebook.name}", cwd=REPO, OMP_NUM_THREADS="1")
-            return time.monotonic() - start
-
-        for run, seconds in zip(notebooks, pool.map(smoke, notebooks), strict=True):
-            print(*(run[0].name, *run[1:]), f"{seconds:.0f} s", flush=True)
-        for name in ("20_train_unet", "41_table2_ucf101"):
-            two = Path(folder) / f"two-{name}"
-            call(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, "-m", "versvideo", "run",
-                 f"nbs/{name}.ipynb", f"out={two}", "--out", f"{two}.ipynb", cwd=REPO, OMP_NUM_THREADS="1")
-            assert Path(f"{two}.ipynb").exists() and read_json(two / "config.json")["processes"] == 2
-            print(f"{name}.ipynb by two processes", flush=True)
-        launched = Path(folder) / "launched"
-        call(BIN / "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1,
-             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "versvideo", "run",
-             "nbs/22_train_controlnet.ipynb", f"out={launched}", cwd=REPO, OMP_NUM_THREADS="1")
-        assert read_json(launched / "metrics.json")["seconds"] > 0
-        print("22_train_controlnet.ipynb by accelerate launch", flush=True)
+        write_video(own, folder / "own.mp4", fps=30)
+        Image.fromarray(own[:, 0].permute(1, 2, 0).numpy()).save(folder / "own.png")
+        two = ("torchrun", "--standalone", "--nproc_per_node", 2)
+        one = ("accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1,
+               "--mixed_precision", "no", "--dynamo_backend", "no")
+        jobs = {
+            "20_train_unet by two processes": versvideo_run(
+                "20_train_unet", f"out={folder / 'two'}", "--out", folder / "two.ipynb", by=two),
+            "41_table2_ucf101 by two processes": versvideo_run("41_table2_ucf101", f"out={folder / 'table'}", by=two),
+            "22_train_controlnet by accelerate": versvideo_run(
+                "22_train_controlnet", f"out={folder / 'launched'}", by=one),
+            "30_generate by papermill": versvideo_run("30_generate", "--out", folder / "30.ipynb"),
+            "32_edit by papermill, own video": versvideo_run(
+                "32_edit", f"video={folder / 'own.mp4'}", f"style={folder / 'own.png'}", "steps=4",
+                "--out", folder / "32.ipynb"),
+        }
+        shared = ("50_ablation_unet", "51_ablation_moe", "52_ablation_mec", "55_ablation_start")
+        same = (f"runs={folder / 'ablations'}", "first_seed=0", "held_out=1")
+        jobs[", ".join(shared)] = lambda: [in_a_shell(name, *same)() for name in shared]   # trainings are shared
+        for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb")):
+            if path.stem not in (*shared, "30_generate"):
+                given = fewer.get(path.stem, ())
+                jobs[" ".join((path.stem, *given))] = in_a_shell(path.stem, *given)
+        for given in (("21_train_vae", "stage=tcm", "perceptual=clip", "without=tcm+refinement"),
+                      ("23_train_style", "model=XS", "stage=captions", "even=True", "adapter=versvideo/weights/XS",
+                       "workers=1")):
+            jobs[" ".join(given)] = in_a_shell(*given)
+        two_at_a_time(jobs, folder)
+        assert (folder / "two.ipynb").exists()
+        assert all(read_json(folder / name / "config.json")["processes"] == 2 for name in ("two", "table"))
+        assert read_json(folder / "launched" / "metrics.json")["seconds"] > 0
 
 
 # Which test files look after which room, for a quick check of what has changed.

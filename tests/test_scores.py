@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -17,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet3DConditionModel,
 )
+from processes import as_processes, ends
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from versvideo.core.files import WEIGHTS
@@ -36,31 +36,9 @@ from versvideo.world.shapes import MovingShapes
 NARROW = dict(block_out_channels=(8, 8), norm_num_groups=4)
 TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
-SCRIPT = """
-import sys, torch
-from accelerate import PartialState
-from versvideo.metrics.features import Extractor
-from versvideo.metrics.collect import collect
-from versvideo.world.shapes import MovingShapes
 
 class Mean(Extractor):
-    def __init__(self):
-        super().__init__("mean", "1")
-        self.weight = torch.nn.Parameter(torch.ones(1))
-    def read(self, clips):
-        return dict(features=clips.mean((2, 3, 4)) * self.weight)
-
-state, world = PartialState(cpu=True), MovingShapes("test", frames=4, size=32)
-def make(numbers):
-    if state.process_index == int(sys.argv[2]) and numbers.start >= 4: raise RuntimeError("killed in the middle")
-    return world.batch(numbers).clips
-collect(dict(mean=Mean()), make, 11, sys.argv[1], 2, processes=state)
-state.destroy_process_group()
-"""
-
-
-class Mean(Extractor):
-    "The extractor of SCRIPT."
+    "Mean colour of a clip."
 
     def __init__(self):
         super().__init__("mean", "1")
@@ -70,24 +48,34 @@ class Mean(Extractor):
         return dict(features=clips.mean((2, 3, 4)) * self.weight)
 
 
-def two_processes(script, folder, fails):
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2",
-               str(script), str(folder), str(fails)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def collect_by_two(folder, fails=None):
+    "Exit codes of two processes that collect, of which one may fail after its first clips."
+    def work():
+        state, world = PartialState(cpu=True), MovingShapes("test", frames=4, size=32)
+
+        def make(numbers):
+            if state.process_index == fails and numbers.start >= 4:
+                raise RuntimeError("killed in the middle")
+            return world.batch(numbers).clips
+
+        try:
+            collect(dict(mean=Mean()), make, 11, folder, 2, processes=state)
+        except Exception as error:
+            Path(f"{folder}-{state.process_index}.txt").write_text(str(error))
+            os._exit(3)
+        state.destroy_process_group()
+
+    return ends(as_processes(2, work))
 
 
 def test_two_processes_collect_what_one_does_and_go_on_where_one_failed(tmp_path):
-    script = tmp_path / "collect.py"
-    script.write_text(SCRIPT)
     world = MovingShapes("test", frames=4, size=32)
     alone = load_collected(collect(dict(mean=Mean()), lambda n: world.batch(n).clips, 11, tmp_path / "one", 2),
                       "mean features")
-    failed = two_processes(script, tmp_path / "two", fails=1)
-    assert failed.returncode and "killed in the middle" in failed.stderr
+    assert collect_by_two(tmp_path / "two", fails=1)[1] == 3
+    assert "killed in the middle" in (tmp_path / "two-1.txt").read_text()
     assert 0 < len(list((tmp_path / "two").glob("part-*"))) < 6
-    done = two_processes(script, tmp_path / "two", fails=-1)
-    assert not done.returncode, done.stderr[-2000:]
+    assert collect_by_two(tmp_path / "two") == [0, 0]
     assert torch.equal(load_collected(tmp_path / "two", "mean features"), alone)
     halves = Statistics(alone[:5]) + Statistics(alone[5:])
     assert abs(frechet_distance(halves, alone + 1) - frechet_distance(alone, alone + 1)) < 1e-10
