@@ -51,9 +51,8 @@ edit: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python tests/check.py sync
 	$(BIN)/ruff check nbs versvideo tests setup.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^[2-6][0-9]_'
+	$(BIN)/python tests/check.py notebooks
 	$(BIN)/python tests/check.py installed
-	$(BIN)/python tests/check.py runs
 
 check: $(INSTALLED)
 	$(BIN)/python tests/check.py sync

@@ -1,11 +1,13 @@
-"""Checks beyond unit tests: `check.py sync | installed | runs | changed`.
+"""Checks beyond unit tests: `check.py sync | notebooks | installed | changed`.
 
 None of them changes a file of the repository.
 """
 
 import difflib
+import gc
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import versvideo
-from versvideo.core.notebooks import code_cells, find_notebook, parameter_values
+from versvideo.cli import main
+from versvideo.core.notebooks import code_cells, find_notebook, parameter_values, run_cells
 from versvideo.core.records import read_json
 
 REPO = Path(__file__).resolve().parents[1]
@@ -106,8 +110,8 @@ def installed() -> None:
         raise SystemExit(code)
 
 
-def run_quietly(name: str, work: Callable, said: Path) -> None:
-    "In a fork: do the work in the repository, what it prints and its temporary files kept in a folder."
+def in_a_fork(work: Callable, said: Path) -> None:
+    "Do the work in the repository; what it prints and its temporary files go to a folder."
     said.mkdir()
     with open(said / "said.txt", "w") as file:
         os.dup2(file.fileno(), 1)
@@ -120,20 +124,20 @@ def run_quietly(name: str, work: Callable, said: Path) -> None:
 def two_at_a_time(jobs: dict[str, Callable], folder: Path) -> None:
     """Do the jobs, by name, in forks of this process; SystemExit naming those that failed, after what they printed.
 
-    This process has imported what takes seconds, and has no threads.
+    Forks have what this process has imported; it must have no threads.
     """
     waiting, running, failed = list(enumerate(jobs.items())), {}, []
     while waiting or running:
         while waiting and len(running) < 2:
             number, (name, work) = waiting.pop(0)
-            process = get_context("fork").Process(target=run_quietly, args=(name, work, folder / str(number)))
+            process = get_context("fork").Process(target=in_a_fork, args=(work, folder / str(number)))
             process.start()
             running[process.sentinel] = name, process, folder / str(number) / "said.txt", time.monotonic()
         for sentinel in wait(running):
             name, process, said, start = running.pop(sentinel)
             process.join()
             if process.exitcode:
-                print(said.read_text(), file=sys.stderr)
+                print(said.read_text(errors="replace"), file=sys.stderr)
                 failed.append(name)
             print(name, "FAILED" if process.exitcode else f"{time.monotonic() - start:.0f} s", flush=True)
     if failed:
@@ -141,76 +145,106 @@ def two_at_a_time(jobs: dict[str, Callable], folder: Path) -> None:
 
 
 def import_everything() -> None:
-    "So that forks need not; with one thread, as forks find no others."
+    "So that forks need not. With one thread, as a fork has no others."
     os.environ["OMP_NUM_THREADS"] = "1"
-    for module in pkgutil.walk_packages(versvideo.__path__, "versvideo."):
-        import_module(module.name)
+    modules = pkgutil.walk_packages(versvideo.__path__, "versvideo.")
+    for name in (*(module.name for module in modules), "execnb.shell", "matplotlib.pyplot", "nbdev.test"):
+        import_module(name)
+    gc.freeze()
 
 
-def in_a_shell(name: str, *arguments: str) -> Callable:
+def in_a_shell(name: str, *arguments: str) -> None:
     "A run notebook as Jupyter runs it, what it shows included, but in this process."
-    def work() -> None:
-        from execnb.shell import CaptureShell, format_exc
-        notebook = find_notebook(name)
-        values, shell = parameter_values(notebook, arguments), CaptureShell(notebook)
-        for cell, tags, source in code_cells(notebook):
-            outputs = shell.run(source)
-            if shell.exc:
-                raise SystemExit(f"{outputs}\n{''.join(format_exc(shell.exc))}\n{name}, cell {cell} failed")
-            if "parameters" in tags:
-                shell.user_ns.update(values)
-    return work
+    from execnb.shell import CaptureShell, format_exc
+    notebook = find_notebook(name)
+    values, shell = parameter_values(notebook, arguments), CaptureShell(notebook)
+    for cell, tags, source in code_cells(notebook):
+        outputs = shell.run(source)
+        if shell.exc:
+            raise SystemExit(f"{outputs}\n{''.join(format_exc(shell.exc))}\n{name}, cell {cell} failed")
+        if "parameters" in tags:
+            shell.user_ns.update(values)
 
 
-def versvideo_run(*arguments: str | Path, by: tuple = ("python",)) -> Callable:
-    "The command that runs a notebook, by Python or by a launcher."
-    return lambda: call(BIN / by[0], *by[1:], "-m", "versvideo", "run", *arguments, cwd=REPO)
+def by_command(*arguments: str | Path) -> None:
+    "As `versvideo` with these arguments, in this process."
+    if main(list(map(str, arguments))):
+        raise SystemExit(f"versvideo {' '.join(map(str, arguments))} failed")
 
 
-def runs() -> None:
-    """Every run notebook at its defaults, or at fewer steps where these take minutes; some as users start them: by
-    papermill, by torchrun and by accelerate. `make test` leaves them out of nbdev_test, which would run them again.
-    """
-    fewer = {"31_control": ("steps=4",), "33_judge": ("steps=8",)}
-    import_everything()
+def in_two_forks(work: Callable, *arguments) -> None:
+    "As two processes of a launcher."
+    from processes import as_processes, ends
+    assert ends(as_processes(2, work, *arguments)) == [0, 0]
+
+
+def as_users_start_them(folder: Path) -> dict[str, Callable]:
+    "By papermill, on two processes, by accelerate, on one's own video. 61_scale starts one by torchrun."
     from PIL import Image
 
     from versvideo.media.video import write_video
     from versvideo.world.shapes import MovingShapes
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home)
+
+    def edit() -> None:
         own = MovingShapes.full("test", 0, frames=40, size=(90, 120)).batch([0]).clips[0]
         write_video(own, folder / "own.mp4", fps=30)
         Image.fromarray(own[:, 0].permute(1, 2, 0).numpy()).save(folder / "own.png")
-        two = ("torchrun", "--standalone", "--nproc_per_node", 2)
-        one = ("accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1,
-               "--mixed_precision", "no", "--dynamo_backend", "no")
-        jobs = {
-            "20_train_unet by two processes": versvideo_run(
-                "20_train_unet", f"out={folder / 'two'}", "--out", folder / "two.ipynb", by=two),
-            "41_table2_ucf101 by two processes": versvideo_run("41_table2_ucf101", f"out={folder / 'table'}", by=two),
-            "22_train_controlnet by accelerate": versvideo_run(
-                "22_train_controlnet", f"out={folder / 'launched'}", by=one),
-            "30_generate by papermill": versvideo_run("30_generate", "--out", folder / "30.ipynb"),
-            "32_edit by papermill, own video": versvideo_run(
-                "32_edit", f"video={folder / 'own.mp4'}", f"style={folder / 'own.png'}", "steps=4",
-                "--out", folder / "32.ipynb"),
-        }
-        shared = ("50_ablation_unet", "51_ablation_moe", "52_ablation_mec", "55_ablation_start")
-        same = (f"runs={folder / 'ablations'}", "first_seed=0", "held_out=1")
-        jobs[", ".join(shared)] = lambda: [in_a_shell(name, *same)() for name in shared]   # trainings are shared
-        for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb")):
-            if path.stem not in (*shared, "30_generate"):
-                given = fewer.get(path.stem, ())
-                jobs[" ".join((path.stem, *given))] = in_a_shell(path.stem, *given)
-        for given in (("21_train_vae", "stage=tcm", "perceptual=clip", "without=tcm+refinement"),
-                      ("23_train_style", "model=XS", "stage=captions", "even=True", "adapter=versvideo/weights/XS",
-                       "workers=1")):
-            jobs[" ".join(given)] = in_a_shell(*given)
-        two_at_a_time(jobs, folder)
-        assert (folder / "two.ipynb").exists()
-        assert all(read_json(folder / name / "config.json")["processes"] == 2 for name in ("two", "table"))
-        assert read_json(folder / "launched" / "metrics.json")["seconds"] > 0
+        in_a_shell("32_edit", f"video={folder / 'own.mp4'}", f"style={folder / 'own.png'}", "steps=4")
+
+    def train() -> None:
+        in_two_forks(by_command, "run", "20_train_unet", f"out={folder / 'two'}", "--out", folder / "two.ipynb")
+        assert (folder / "two.ipynb").exists() and read_json(folder / "two/config.json")["processes"] == 2
+
+    def accelerate() -> None:
+        call(BIN / "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1, "--mixed_precision",
+             "no", "--dynamo_backend", "no", "-m", "versvideo", "run", "22_train_controlnet",
+             f"out={folder / 'launched'}", cwd=REPO)
+        assert read_json(folder / "launched/metrics.json")["seconds"] > 0
+
+    def table() -> None:
+        in_two_forks(run_cells, "41_table2_ucf101", [f"out={folder / 'table'}"])
+        assert read_json(folder / "table/config.json")["processes"] == 2
+
+    return {"20_train_unet on two processes, by papermill": train, "22_train_controlnet by accelerate": accelerate,
+            "30_generate by papermill": partial(by_command, "run", "30_generate", "--out", folder / "generate.ipynb"),
+            "32_edit, own video": edit, "41_table2_ucf101 on two processes": table}
+
+
+def run_notebooks(folder: Path) -> dict[str, Callable]:
+    "All of them: at their defaults, or with less where these take long, and some with other parameters."
+    ablations = {"50_ablation_unet": "", "51_ablation_moe": "both; 2 experts", "52_ablation_mec": "MEC; magnitude",
+                 "55_ablation_start": "2D+1D, one FFN; centred"}
+    same = (f"runs={folder / 'ablations'}", "first_seed=0", "held_out=1")  # their trainings are shared
+    fewer = {"31_control": ("steps=2",), "32_edit": ("steps=2",), "33_judge": ("steps=8",),
+             "54_excitations": ("n=1", "clips=1")}
+    runs = [(path.stem, *fewer.get(path.stem, ())) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
+            if path.stem not in (*ablations, "30_generate")]
+    runs += [("21_train_vae", "stage=tcm", "perceptual=clip", "without=tcm+refinement"),
+             ("23_train_style", "model=XS", "stage=captions", "even=True", "adapter=versvideo/weights/XS", "workers=1")]
+    runs.sort(key=lambda run: not run[0].startswith(("53", "61", "65")))  # the longest first
+    jobs = {", ".join(ablations): lambda: [in_a_shell(name, f"only={only}", *same) for name, only in ablations.items()]}
+    return jobs | {" ".join(run): partial(in_a_shell, *run) for run in runs}
+
+
+def library_notebooks() -> dict[str, Callable]:
+    "All others, as `nbdev_test` runs them."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+
+    def test(path: Path) -> None:
+        if not test_nb(path, skip_flags=get_config(cfg_name=REPO / "settings.ini").tst_flags.split())[0]:
+            raise SystemExit(1)
+
+    paths = [path for path in sorted((REPO / "nbs").rglob("*.ipynb")) if not re.match(r"[._]|[2-6]\d_", path.name)]
+    return {str(path.relative_to(REPO / "nbs")): partial(test, path) for path in paths}
+
+
+def notebooks() -> None:
+    "Every notebook runs through, two at a time, from a process that has imported what takes seconds."
+    import_everything()
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        two_at_a_time(as_users_start_them(folder) | run_notebooks(folder) | library_notebooks(), folder)
 
 
 # Which test files look after which room, for a quick check of what has changed.
@@ -242,4 +276,4 @@ def changed() -> None:
 
 
 if __name__ == "__main__":
-    {"sync": sync, "installed": installed, "runs": runs, "changed": changed}[sys.argv[1]]()
+    {"sync": sync, "notebooks": notebooks, "installed": installed, "changed": changed}[sys.argv[1]]()

@@ -387,7 +387,7 @@ def counting(graphs):
 
 
 def test_compiles_whole_and_once_for_every_batch():
-    unet, graphs = build(**PLAIN), []
+    unet, graphs = build(**FLAT), []
     torch.compiler.reset()
     compiled = torch.compile(unet, fullgraph=True, backend=counting(graphs))
     for b in (2, 3, 5):

@@ -12,6 +12,7 @@ __all__ = ['NO_MEC', 'CHOSEN', 'BUDGETS', 'GUIDANCE', 'SHIFT', 'SHOWN', 'Variant
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,7 @@ def train_unet(
     return unet.merge_experts() if variant.experts > 1 else unet, log
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-38
+@cache
 def load_judges(
     device: torch.device | str = "cpu",
 ) -> tuple:
@@ -355,11 +357,12 @@ def ceiling(
     return score_clips(torch.cat(decoded), budget, data.vae.device)
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-54
+@cache
 def input_checksums(
-    budget: Budget,
+    size: str,  # Of a budget
 ) -> dict:
     "Checksums of the autoencoder, the text encoder and the networks of the scores."
-    vae, text_encoder, _ = load_frozen(budget.size)
+    vae, text_encoder, _ = load_frozen(size)
     parts = zip(("vae", "text", "video", "clip"), (vae, text_encoder, *load_judges()), strict=True)
     return {name: tensors_digest(part.state_dict().values())[:16] for name, part in parts}
 
@@ -379,7 +382,7 @@ def train_variant(
     unet, log = train_unet(variant, seed, budget, data, folder / "checkpoints")
     loss, clips = held_out_loss(unet.to(device), data), sample_clips(unet, data, budget, seed, device)
     metrics = dict(loss=loss, **score_clips(clips, budget, device), seconds=log.rows[-1]["seconds"])
-    config = dict(variant=asdict(variant), seed=seed, budget=asdict(budget), made_with=input_checksums(budget),
+    config = dict(variant=asdict(variant), seed=seed, budget=asdict(budget), made_with=input_checksums(budget.size),
                   protocols=protocols_of(budget, seed))
     save_file(dict(clips=clips[:SHOWN].contiguous()), folder / "clips.safetensors")
     write_run(folder, config, metrics, log.rows)

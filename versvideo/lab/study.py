@@ -103,7 +103,7 @@ def train_all(
         raise ValueError(f"seeds={seeds}, at_once={at_once}: give at least two seeds, for an interval, and one at once")
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     jobs = [(v, seed, budget, training_folder(folder, v.name, seed)) for seed in seeds for v in variants]
-    given = input_checksums(budget)
+    given = input_checksums(budget.size)
     for variant, _, _, place in jobs:
         if is_finished(place):
             check_training(place, dict(variant=asdict(variant), budget=asdict(budget), made_with=given))
@@ -159,10 +159,14 @@ class Study:
     out: str = ""        # Run folder, relative to the repository; empty: a temporary one
     first_seed: int = 0  # Seeds are counted from here
     held_out: int = 1    # Seed of the clips that are scored
+    only: str = ""       # Names of some variants, separated by semicolons; empty: all
     found: dict = field(default_factory=dict, repr=False)   # Of `train_all`
 
     def __post_init__(self):
         budget = pick(BUDGETS, self.size, "size")
+        named = {v.name: v for v in self.variants}
+        if self.only:
+            self.variants = [pick(named, name.strip(), "only") for name in self.only.split(";")]
         pick({v.name: v for v in self.variants}, self.baseline, "baseline")
         self.budget = replace(budget, steps=self.steps or budget.steps, world=self.world, held_out=self.held_out)
         self.folder = run_folder(self.out)
