@@ -68,11 +68,12 @@ def fit_frames(
 def read_entry(
     entry: Entry,
     frames: int,    # Number of frames
-    stride: int,    # Take every so many frames of the video, from the first on
+    stride: int,    # Take every so many frames of the video
     geometry: str,  # As of `fit_frames`
+    start: float = 0.0,  # Where they begin: 0 at the first frame, just below 1 as late as possible
 ) -> torch.Tensor:  # uint8 `3 t h w`
-    "The first frames of a video, with the size of a protocol; ValueError if it cannot be read or is too short."
-    return fit_frames(read_video(entry.path, frames, stride), geometry)
+    "Frames of a video, with the size of a protocol; ValueError if it cannot be read or is too short."
+    return fit_frames(read_video(entry.path, frames, stride, start=start), geometry)
 
 # %% ../../nbs/data/samples.ipynb #samples-20
 def long_enough(

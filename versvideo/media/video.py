@@ -7,7 +7,7 @@ __all__ = ['VIDEO_SUFFIXES', 'write_video', 'read_video', 'read_clip', 'FolderCl
 
 # %% ../../nbs/media/video.ipynb #video-03
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,8 @@ def _spaced(
     available: int,             # Frames of the video
     frames: int | None,         # Frames wanted; None: all that the stride gives
     path: Path,                 # Of the video, for the error message
-    stride: int | None = None,  # Every so many frames from the first on; None: evenly spaced
+    stride: int | None = None,  # Every so many frames; None: evenly spaced
+    start: float = 0.0,         # With a stride: share of the way from the first possible begin to the last
 ) -> list[int]:
     "Numbers of the frames to read; ValueError if the video holds too few."
     if frames is None:
@@ -124,7 +125,8 @@ def _spaced(
     if not 1 <= frames <= most:
         raise ValueError(f"frames={frames}: {path} holds {most}, ask for 1 to {most}")
     if stride:
-        return list(range(0, frames * stride, stride))
+        first = int(start * (available - (frames - 1) * stride))
+        return list(range(first, first + frames * stride, stride))
     return [(2 * i + 1) * available // (2 * frames) for i in range(frames)]
 
 # %% ../../nbs/media/video.ipynb #video-27
@@ -151,9 +153,10 @@ def _choose(
     fps: float | None,
     path: Path,
     end: float | None = None,  # Second at which the last frame ends, if it is known
+    start: float = 0.0,
 ) -> list[int]:
     "Numbers of the frames to read; the arguments are those of `read_video`."
-    return _spaced(len(times), frames, path, stride) if fps is None else _at_rate(times, fps, frames, end)
+    return _spaced(len(times), frames, path, stride, start) if fps is None else _at_rate(times, fps, frames, end)
 
 # %% ../../nbs/media/video.ipynb #video-33
 def _picture_frame(file: Image.Image, number: int) -> tuple[np.ndarray, float]:
@@ -256,11 +259,14 @@ def _indices(path: Path) -> Iterator[_Index]:
     yield _index_by_decoding(path)
 
 # %% ../../nbs/media/video.ipynb #video-51
-def _read_frames(path: Path, frames: int | None, stride: int | None, fps: float | None) -> np.ndarray:
-    "Frames `t h w 3` of a video file; the arguments are those of `read_video`."
+def _read_frames(
+    path: Path,
+    choose: Callable,  # Times at which the frames begin to the numbers of those to read
+) -> np.ndarray:       # `t h w 3`
+    "Frames of a video file; ValueError if it cannot be decoded."
     try:
         for index in _indices(path):
-            pixels = _decode(path, index, _choose(index.times, frames, stride, fps, path))
+            pixels = _decode(path, index, choose(index.times))
             if pixels is not None:
                 return pixels
         raise IndexError("a frame is missing")
@@ -270,7 +276,7 @@ def _read_frames(path: Path, frames: int | None, stride: int | None, fps: float 
                          "which leaves damaged frames out") from error
 
 # %% ../../nbs/media/video.ipynb #video-54
-def _check_choice(frames: int | None, stride: int | None, fps: float | None) -> None:
+def _check_choice(frames: int | None, stride: int | None, fps: float | None, start: float = 0.0) -> None:
     "ValueError for arguments of `read_video` that choose no frames, or choose them twice."
     if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)):
         raise ValueError(f"{frames=}, {stride=}: give whole numbers of at least 1, or None")
@@ -278,6 +284,8 @@ def _check_choice(frames: int | None, stride: int | None, fps: float | None) -> 
         raise ValueError(f"{fps=}: give frames a second, above 0")
     if fps is not None and stride is not None:
         raise ValueError(f"{fps=}, {stride=}: give frames a second or a stride, not both")
+    if not 0 <= start < 1 or start and (stride is None or frames is None):
+        raise ValueError(f"{start=}, {stride=}, {frames=}: give a number from 0 to below 1, with a stride and frames")
 
 # %% ../../nbs/media/video.ipynb #video-56
 def _existing_file(path: str | Path) -> Path:
@@ -295,6 +303,7 @@ def read_video(
     frames: int | None = None,   # Number of evenly spaced frames; None: all frames
     stride: int | None = None,   # Every so many frames from the first on, instead of evenly spaced
     fps: float | None = None,    # Frames a second from the first frame on, instead of both; at most `frames`
+    start: float = 0.0,          # With a stride: where the frames begin, from 0, the earliest, to 1, the latest
 ) -> torch.Tensor:               # uint8 `3 t h w`
     """Read a video, or the frames of it that are asked for, turned as a player shows them.
 
@@ -308,6 +317,9 @@ def read_video(
         Read every `stride`-th frame from the first on, at most `frames`.
     fps : float, optional
         Read the frame that is on the screen every 1 / `fps` seconds, at most `frames`.
+    start : float
+        With `frames` and a stride: begin at one of the frames from which enough follow, 0 the first of them, just
+        below 1 the last. A random number makes a random sequence.
 
     Returns
     -------
@@ -322,12 +334,13 @@ def read_video(
         The file is damaged or holds too few frames, or an argument is out of range.
     """
     path = _existing_file(path)
-    _check_choice(frames, stride, fps)
+    _check_choice(frames, stride, fps, start)
+    choose = partial(_choose, frames=frames, stride=stride, fps=fps, path=path, start=start)
     if path.suffix.lower() in (".gif", ".webp"):
         pixels, times = _read_pictures(path)
-        pixels = pixels[_choose(times[:-1], frames, stride, fps, path, times[-1])]
+        pixels = pixels[choose(times[:-1], end=times[-1])]
     else:
-        pixels = _read_frames(path, frames, stride, fps)
+        pixels = _read_frames(path, choose)
     return torch.from_numpy(pixels).permute(3, 0, 1, 2)
 
 # %% ../../nbs/media/video.ipynb #video-83

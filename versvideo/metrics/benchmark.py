@@ -49,14 +49,15 @@ class Preset:
     stride: int = 1          # Every n-th frame of the videos
     real_geometry: str = ""  # Of the real clips, where theirs differs
     guidance: float = 0.0    # 0: not given
+    start: str = "first"     # Frame at which a real clip begins: first, or random, by the seed
     assumption: str = ""     # What the source does not say, and what is done here
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-10
 PRESETS = {
     "versvideo-msrvtt": Preset(
         "MSR-VTT", "test", 2990, "all", "one of its captions, by the seed", "256 centre crop",
-        "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM",
-        assumption="the number of real clips for FVD is not given: all of them, the first 16 frames of each",
+        "VersVideo, section 3: 2,990 clips, 47,840 frames for CLIPSIM, random sequences for FVD", start="random",
+        assumption="the number of real clips for FVD is not given: one sequence of 16 frames of each",
     ),
     "show1-msrvtt": Preset(
         "MSR-VTT", "test", 2048, "random", "one of its captions, by the seed", "256 squashed",
@@ -66,12 +67,12 @@ PRESETS = {
     ),
     "versvideo-ucf101": Preset(
         "UCF-101", "train+test", 2048, "stratified", "the words of its class", "256 squashed",
-        "VersVideo, section 3.4, which names only the data",
+        "VersVideo, section 3.4, which names only the data; sequences as in section 3", start="random",
         assumption="2,048 clips, as Show-1 and PYoCo take for FVD; for IS they take 10,000: n=10000",
     ),
     "versvideo-ucf101-sentences": Preset(
         "UCF-101", "train+test", 2048, "stratified", "the sentence of its class", "256 squashed",
-        "versvideo-ucf101 with a sentence for each class, as PYoCo has",
+        "versvideo-ucf101 with a sentence for each class, as PYoCo has", start="random",
         assumption="PYoCo's sentences are not published: ours are in versvideo.data.datasets; others change the scores",
     ),
     "svd-ucf101": Preset(
@@ -82,11 +83,11 @@ PRESETS = {
     "styleganv-fvd2048-16f": Preset(
         "UCF-101", "train+test", 2048, "first", "the name of its class", "256 squashed",
         "StyleGAN-V's script: the first 2,048 clips of the sorted folders, about 16 of the 101 classes",
-        assumption="the first 16 frames of each clip; the script starts at random frames",
+        start="random",
     ),
     "styleganv-fvd2048-16f-stratified": Preset(
         "UCF-101", "train+test", 2048, "stratified", "the name of its class", "256 squashed",
-        "styleganv-fvd2048-16f with every class as often as in the data",
+        "styleganv-fvd2048-16f with every class as often as in the data", start="random",
     ),
     "shapes-msrvtt": Preset(
         "Moving Shapes", "test", 256, "all", "one of its captions, by the seed", "64 as rendered",
@@ -169,7 +170,10 @@ def choose_videos(
     how = "random" if preset.choice == "all" and len(found) > n else preset.choice
     entries = [found[i] for i in choose([e.label for e in found], n, how, seed)]
     size = preset.real_geometry or preset.geometry
-    read = lambda numbers: torch.stack([read_entry(entries[i], frames, preset.stride, size) for i in numbers])
+    pick(dict.fromkeys(("first", "random")), preset.start, "start")
+    starts = np.random.default_rng(seed).random(len(entries)) * (preset.start == "random")
+    read = lambda numbers: torch.stack([read_entry(entries[i], frames, preset.stride, size, starts[i])
+                                        for i in numbers])
     return RealClips(entries, read, preset.geometry, size, bad)
 
 # %% ../../nbs/metrics/benchmark.ipynb #benchmark-24
@@ -238,7 +242,8 @@ class Benchmark:
         differs = against and self.real_geometry != self.geometry
         geometry = self.geometry + (f", real clips {self.real_geometry}" if differs else "")
         clips = list_hash([*self.names, *self.prompts, self.geometry])
-        notes = "; ".join(filter(None, (f"prompts: {self.preset.prompts}", notes)))
+        begin = "real clips begin at random frames" if against and self.preset.start == "random" else ""
+        notes = "; ".join(filter(None, (f"prompts: {self.preset.prompts}", begin, notes)))
         return Protocol(metric, self.preset.dataset, self.preset.split, clips, len(self) if against else 0, len(self),
                         self.frames, self.preset.stride, geometry, extractor.name, extractor.checksum, size, sampler,
                         steps, guidance, seed, notes, provenance()["versions"])

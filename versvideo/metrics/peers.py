@@ -135,7 +135,7 @@ def collect_models(
     "Collect the features of the real clips, of ours and of other pipelines; ValueError for features of other weights."
     device = next(next(iter(extractors.values())).parameters()).device
     chosen = dict(clips=list_hash([*bench.names, *bench.prompts]), data=bench.data, stride=bench.preset.stride,
-                  geometry=bench.geometry, real_geometry=bench.real_geometry)
+                  geometry=bench.geometry, real_geometry=bench.real_geometry, start=bench.preset.start, seed=seed)
 
     def gather(name, make, **about):
         where = Path(folder) / re.sub(r"[^\w.]+", "-", name)
