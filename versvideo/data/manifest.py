@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..core.checks import pick
 from ..core.files import atomic_path
+from .datasets import read_ucf101
 from .entries import MEDIA_SUFFIXES, Entry, clean_caption, read_rows
 from .tables import read_beside
 from .tars import leads_out, read_image_shards
@@ -128,12 +129,15 @@ def read_manifest(
 
 # %% ../../nbs/data/manifest.ipynb #manifest-30
 def read_set(
-    source: str | Path,  # Manifest, folder of files with a caption beside each, or folder of tars
+    source: str | Path,  # Manifest, UCF-101, folder of files with a caption beside each, or folder of tars
+    split: str = "train",  # Of UCF-101
 ) -> list[Entry]:
-    "Read any set: a file by `read_manifest`, a folder with only tars by `read_image_shards`, or by `read_beside`."
+    "Read any set, by `read_manifest`, `read_ucf101`, `read_image_shards` if it holds only tars, or `read_beside`."
     source = Path(source)
     if not source.is_dir():
         return read_manifest(source)
+    if next(source.rglob("v_*_g[0-9][0-9]_c[0-9][0-9].avi"), None):
+        return read_ucf101(source, split)
     suffixes = {path.suffix.lower() for path in source.rglob("*")}
     only_tars = ".tar" in suffixes and not suffixes & {*MEDIA_SUFFIXES}
     return read_image_shards(source) if only_tars else read_beside(source)

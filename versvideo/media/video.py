@@ -303,7 +303,7 @@ def read_video(
     frames: int | None = None,   # Number of evenly spaced frames; None: all frames
     stride: int | None = None,   # Every so many frames from the first on, instead of evenly spaced
     fps: float | None = None,    # Frames a second from the first frame on, instead of both; at most `frames`
-    start: float = 0.0,          # With a stride: where the frames begin, from 0, the earliest, to 1, the latest
+    start: float = 0.0,          # Of `frames` with a stride: from 0, the earliest, to 1, the latest
 ) -> torch.Tensor:               # uint8 `3 t h w`
     """Read a video, or the frames of it that are asked for, turned as a player shows them.
 
@@ -314,12 +314,9 @@ def read_video(
     frames : int, optional
         Number of frames, each in the middle of its part of the video. None reads all frames.
     stride : int, optional
-        Read every `stride`-th frame from the first on, at most `frames`.
+        Read every `stride`-th frame, at most `frames`. They begin at `start`, from 0, the earliest, to 1, the latest.
     fps : float, optional
         Read the frame that is on the screen every 1 / `fps` seconds, at most `frames`.
-    start : float
-        With `frames` and a stride: begin at one of the frames from which enough follow, 0 the first of them, just
-        below 1 the last. A random number makes a random sequence.
 
     Returns
     -------
@@ -336,11 +333,10 @@ def read_video(
     path = _existing_file(path)
     _check_choice(frames, stride, fps, start)
     choose = partial(_choose, frames=frames, stride=stride, fps=fps, path=path, start=start)
-    if path.suffix.lower() in (".gif", ".webp"):
-        pixels, times = _read_pictures(path)
-        pixels = pixels[choose(times[:-1], end=times[-1])]
-    else:
-        pixels = _read_frames(path, choose)
+    if path.suffix.lower() not in (".gif", ".webp"):
+        return torch.from_numpy(_read_frames(path, choose)).permute(3, 0, 1, 2)
+    pixels, times = _read_pictures(path)
+    pixels = pixels[choose(times[:-1], end=times[-1])]
     return torch.from_numpy(pixels).permute(3, 0, 1, 2)
 
 # %% ../../nbs/media/video.ipynb #video-83

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, MotionAdapter
 
-from ..core.records import tensors_digest
+from ..core.records import read_json, tensors_digest
 from ..data.samples import fit_frames
 from ..media.pixels import to_uint8
 from .benchmark import Benchmark
@@ -23,6 +23,7 @@ from .collect import collect
 from .protocol import list_hash
 from ..models.saving import quiet_bars
 from ..pipelines.denoise import VideoDenoiser
+from ..pipelines.loading import load_pipeline
 
 # %% ../../nbs/metrics/peers.ipynb #peers-06
 PEERS = {  # Name in papers: hub id; AnimateDiff as IMAGE+ADAPTER
@@ -45,7 +46,7 @@ def load_animatediff(
 
 # %% ../../nbs/metrics/peers.ipynb #peers-08
 def load_peer(
-    name: str,  # A key of `PEERS`; folder or hub id of a text-to-video pipeline of diffusers; or IMAGE+ADAPTER
+    name: str,  # A key of `PEERS`; folder or hub id of a text-to-video pipeline, ours included; or IMAGE+ADAPTER
 ) -> DiffusionPipeline:
     "A pipeline to compare with; OSError where it is not on this machine and cannot be downloaded."
     name = name.strip()
@@ -55,6 +56,9 @@ def load_peer(
         with quiet_bars():
             if adapter:
                 return load_animatediff(image, adapter)
+            index = Path(image) / "model_index.json"
+            if index.is_file() and "VersVideo" in str(read_json(index)["_class_name"]):
+                return load_pipeline(image)
             return DiffusionPipeline.from_pretrained(image, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise OSError(f"baseline {name!r} cannot be read ({error}): give the folder or hub id of a pipeline of "
@@ -124,7 +128,7 @@ def collect_models(
     bench: Benchmark,
     extractors: dict,     # Name to `Extractor`, as of `evaluate`
     pipe: VideoDenoiser,  # Our model
-    baselines: str,       # Names that `load_peer` knows, separated by commas
+    baselines: str,       # What `load_peer` knows, separated by commas; NAME=FOLDER gives the row another name
     folder: str | Path,   # Of the features, a folder for each set
     steps: int,           # Denoising steps, the same for all models
     guidance: float,      # Scale of classifier-free guidance
@@ -144,8 +148,9 @@ def collect_models(
     sets, facts = {REAL: gather(REAL, bench.real)}, {REAL: dict(seed=seed)}
     if bench.more_real:
         sets[MORE_REAL], facts[MORE_REAL] = gather(MORE_REAL, bench.more_real), dict(seed=seed + 1)
-    for name in [OURS, *filter(None, (part.strip() for part in baselines.split(",")))]:
-        model = pipe if name == OURS else load_peer(name).to(device)
+    others = [part.strip().rpartition("=")[::2] for part in baselines.split(",") if part.strip()]
+    for name, source in [(OURS, ""), *((name or source, source) for name, source in others)]:
+        model = load_peer(source).to(device) if source else pipe
         model.set_progress_bar_config(disable=True)
         facts[name], arguments = sampling_facts(model, bench, name == OURS, pipe.trained_size, steps, guidance, seed)
         make = clip_maker(model, bench.prompts, bench.frames, bench.geometry, seed, **arguments)
