@@ -216,6 +216,7 @@ def run_notebooks(folder: Path) -> dict[str, Callable]:
                  "55_ablation_start": "2D+1D, one FFN; centred"}
     same = (f"runs={folder / 'ablations'}", "first_seed=0", "held_out=1")  # their trainings are shared
     fewer = {"31_control": ("steps=2",), "32_edit": ("steps=2",), "33_judge": ("steps=8",),
+             "56_ablation_decoder": ("only=image decoder, trained on; mapped consistency",),
              "54_excitations": ("n=1", "clips=1")}
     runs = [(path.stem, *fewer.get(path.stem, ())) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
             if path.stem not in (*ablations, "30_generate")]

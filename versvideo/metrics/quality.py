@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_pairs', 'psnr', 'ssim', 'flicker', 'check_edge_maps', 'edge_f1', 'ClipDistance', 'LpipsDistance',
-           'perceptual_distance', 'perceptual_error']
+           'perceptual_distance', 'perceptual_error', 'psnr_shuffled']
 
 # %% ../../nbs/metrics/quality.ipynb #quality-03
 import importlib.util
@@ -17,6 +17,8 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from ..media.pixels import to_float, to_signed
+from ..models.contracts import Autoencoder
+from ..models.latents import decode_latents, encode_clips
 from ..models.text import fit_square
 
 # %% ../../nbs/metrics/quality.ipynb #quality-06
@@ -180,3 +182,16 @@ def perceptual_error(
     "Perceptual distance of each clip, mean over its frames."
     x, y = (rearrange(to_signed(v), "b c t h w -> b t c h w") for v in as_pairs(x, y))
     return torch.stack([distance(a, b) for a, b in zip(x, y, strict=True)])
+
+# %% ../../nbs/metrics/quality.ipynb #quality-sh1
+@torch.no_grad()
+def psnr_shuffled(
+    vae: Autoencoder,
+    clips: torch.Tensor,  # uint8 `n 3 t h w`
+    at_once: int = 8,     # Clips decoded at once
+) -> float:
+    "Mean PSNR in dB of clips whose frames are decoded in a random order, the same for all, and put back."
+    order = torch.randperm(clips.shape[2], generator=torch.Generator().manual_seed(0))
+    z = encode_clips(vae, clips, chunk=16)[:, :, order]
+    decoded = torch.cat([decode_latents(vae, part).cpu() for part in z.split(at_once)])
+    return psnr(decoded[:, :, order.argsort()], clips).mean().item()
