@@ -102,7 +102,7 @@ def installed() -> None:
         ask = [sys.executable, "-c", "import versvideo; print(versvideo.__file__)"]
         where = subprocess.check_output(ask, cwd=away, env=env, text=True)
         assert Path(where.strip()).is_relative_to(site), f"tests would import {where.strip()}"
-        tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile",
+        tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
                  "--durations=15", "-p", "no:cacheprovider",
                  "-c", str(REPO / "pyproject.toml"), "--rootdir", str(REPO), str(REPO / "tests")]
         code = subprocess.run(tests, cwd=away, env=env).returncode

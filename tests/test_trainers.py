@@ -617,7 +617,7 @@ def test_one_process_asked_to_stop_stops_all(tmp_path):
         return double_batch(step, batch_index)
 
     assert ends(as_processes(2, partial(worker, tmp_path, "run", "ddp", asked))) == [0, 0]
-    assert names(tmp_path / "run") == ["step-000003", "step-000005"]
+    assert names(tmp_path / "run") == ["best", "step-000003", "step-000005"]
     assert not list(tmp_path.glob("*.safetensors"))
 
 
