@@ -31,6 +31,7 @@ from versvideo.models.image_vae import build_vae
 from versvideo.models.latents import encode_clips, fit_latent_scale
 from versvideo.models.saving import change_config
 from versvideo.models.unet import VersVideoUNet
+from versvideo.modules.moe import expert_spread
 from versvideo.trainers import checkpoints, distributed, loading
 from versvideo.trainers.batches import draw_latents, is_image_batch
 from versvideo.trainers.checkpoints import TrainState
@@ -493,7 +494,7 @@ def rank_of(model, rank, world):
     "A validation: that the averaged weights compute, and the number of the process."
     clip = double_batch(9, 1)
     assert not model.training and model(clip["latents"], 5, clip["text"]).sample.isfinite().all()
-    return dict(loss=torch.tensor(1. + rank))
+    return dict(loss=torch.tensor(1. + rank), expert_spread=expert_spread(model))
 
 
 def worker(folder, name, kind="ddp", batch_fn=latent_batch, minutes=10, **changes):
@@ -578,6 +579,8 @@ def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
             tmp_path / "alone", exchange)
     want = alone(tmp_path / "alone", accumulate=count, **more)
     assert furthest(load_file(tmp_path / "run-0.safetensors"), want) < 1e-6
+    rows = json.loads((tmp_path / "run-0.json").read_text())
+    assert all(row["valid_expert_spread"] > 0 for row in rows if "valid_loss" in row)
     for file in ("model", "optimizer", "ema"):
         one, several = (load_file(tmp_path / run / f"step-000009/{file}.safetensors") for run in ("alone", "run"))
         assert furthest(several, one) < 1e-6

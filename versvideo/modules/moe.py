@@ -117,8 +117,9 @@ def exchange_experts(
 def expert_spread(
     module: nn.Module,  # Every `ExpertLinear` inside counts
 ) -> float:             # 0 for equal experts, and where there are none
-    "Root mean square of the experts' weights around their mean, relative to that of the mean."
-    weights = [p for m in module.modules() if isinstance(m, ExpertLinear) for p in m.parameters()]
+    "Root mean square of the experts' weights around their mean, relative to that of the mean. With FSDP, call on all."
+    full = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
+    weights = [full(p) for m in module.modules() if isinstance(m, ExpertLinear) for p in m.parameters()]
     around = sum((p - p.mean(1, keepdim=True)).square().sum().item() / p.shape[1] for p in weights)
     size = sum(p.mean(1).square().sum().item() for p in weights)
     return (around / size) ** 0.5 if weights else 0.0

@@ -20,6 +20,7 @@ from ..models.pretrained import load_init
 from ..models.sizes import SIZES, Size, leave_out
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
+from ..modules.moe import expert_spread
 from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, embed_batch, is_image_batch
 from .config import FitConfig
@@ -156,7 +157,7 @@ class UNetLoss:
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-27
 @dataclass
 class UNetValidation:
-    "The `validate` of `fit`: the error on held-out clips, and two drawn clips a process where `prompts` are given."
+    "The `validate` of `fit`: the error on held-out clips, how far experts spread, and two drawn clips for `prompts`."
 
     loss: UNetLoss
     held: HeldOut
@@ -167,6 +168,7 @@ class UNetValidation:
     def __call__(self, unet: Denoiser, rank: int, world: int) -> dict:
         samples = dict(latents=self.held.latents, text=self.held.text)
         found = Validation(self.loss.measure, samples, self.batch_size)(unet, rank, world)
+        found["expert_spread"] = torch.tensor(expert_spread(unet))
         return found | (dict(samples=self.draw(unet, rank)) if self.prompts else {})
 
     def draw(self, unet: Denoiser, rank: int) -> torch.Tensor:  # `2 3 t h w` in [0, 1]
