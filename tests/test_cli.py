@@ -15,7 +15,6 @@ def versvideo(*arguments, cwd, **options) -> subprocess.CompletedProcess:
 
 
 def test_generate_writes_a_video(tmp_path):
-    "In a fresh process: diffusers loads parts only from modules that are imported, no other import may be needed."
     done = versvideo("generate", "a red circle moving left", "-o", "out.mp4", "--steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "out.mp4"
@@ -68,6 +67,13 @@ def test_an_error_is_one_line(tmp_path, arguments, message):
 def test_wrong_options_are_one_line(tmp_path):
     done = versvideo("generate", "a star", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "many" in done.stderr
+
+
+def test_a_model_loads_in_a_fresh_process(tmp_path):
+    "diffusers loads parts only from modules that are imported: no other import may be needed."
+    code = "from versvideo import load_pipeline; print(type(load_pipeline('XS').vae).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "TCMVAE", done.stderr
 
 
 def test_help_is_quick(tmp_path):

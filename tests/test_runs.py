@@ -8,11 +8,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from versvideo.core.notebooks import declared_parameters, parse_arguments, remove_machine_paths
+from versvideo.core.notebooks import (
+    code_cells,
+    declared_parameters,
+    find_notebook,
+    parse_arguments,
+    remove_machine_paths,
+)
 from versvideo.lab import maintain
+from versvideo.lab.ablation import BUDGETS, NO_MEC, build_variant, gate_parameters
 from versvideo.lab.results import RENAMED_PARAMETERS, read_runs
+from versvideo.models.sizes import SIZES
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))
@@ -245,6 +254,24 @@ def test_papermill_refuses_what_is_not_declared(tmp_path, parameter, value, mess
     done = subprocess.run([papermill, REPO / "nbs/20_train_unet.ipynb", tmp_path / "out.ipynb", "-p", parameter, value],
                           cwd=REPO, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["50_ablation_unet", "51_ablation_moe", "52_ablation_mec", "55_ablation_start"])
+def test_every_variant_of_an_ablation_is_built_and_learns(name):
+    "Here, as the run at size smoke trains only some of them."
+    space = {}
+    for _, _, source in code_cells(find_notebook(name)):
+        exec(source.partition("study = Study(")[0], space)
+        if "variants" in space:
+            break
+    assert len({v.name for v in space["variants"]}) == len(space["variants"]) > 3
+    x, text = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 5, SIZES["smoke"].unet["cross_attention_dim"])
+    for variant in space["variants"]:
+        unet = build_variant(variant, BUDGETS["smoke"]).train()
+        unet(x, 400, text).sample.square().mean().backward()
+        gates = dict(unet.named_parameters())
+        assert all(gates[n].grad is not None for n in gate_parameters(unet)), variant.name
+        assert bool(gate_parameters(unet)) == (variant.mec != NO_MEC)
 
 
 # A run again.

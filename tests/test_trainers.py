@@ -47,7 +47,7 @@ from versvideo.trainers.objectives import (
     training_scheduler,
 )
 
-KILLS = 20
+KILLS = 50
 UNET = dict(block_out_channels=(8,), attention_levels=(False,), head_dim=4,
             cross_attention_dim=6, experts=(2, 2), norm_groups=4)
 
@@ -580,7 +580,9 @@ def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
     want = alone(tmp_path / "alone", accumulate=count, **more)
     assert furthest(load_file(tmp_path / "run-0.safetensors"), want) < 1e-6
     rows = json.loads((tmp_path / "run-0.json").read_text())
-    assert all(row["valid_expert_spread"] > 0 for row in rows if "valid_loss" in row)
+    validated = [row for row in rows if "valid_loss" in row]
+    assert [row["valid_loss"] for row in validated] == [1.5, (1 + count) / 2, (1 + count) / 2]   # the mean of the ranks
+    assert all(row["valid_expert_spread"] > 0 for row in validated) and (tmp_path / "run/best").is_dir()
     for file in ("model", "optimizer", "ema"):
         one, several = (load_file(tmp_path / run / f"step-000009/{file}.safetensors") for run in ("alone", "run"))
         assert furthest(several, one) < 1e-6

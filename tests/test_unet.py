@@ -387,7 +387,7 @@ def counting(graphs):
 
 
 def test_compiles_whole_and_once_for_every_batch():
-    unet, graphs = build(**FLAT), []
+    unet, graphs = build(**PLAIN), []
     torch.compiler.reset()
     compiled = torch.compile(unet, fullgraph=True, backend=counting(graphs))
     for b in (2, 3, 5):
@@ -401,14 +401,16 @@ def test_compiles_whole_and_once_for_every_batch():
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
 def test_compiled_training_deals_the_tokens_as_uncompiled():
-    "A layer, as `fit` compiles it, and the same where it is computed again for the backward pass."
+    "A layer alone, as `fit` compiles it, and a whole network that recomputes its layers."
     unet = build(**FLAT)
     plain = gradients(unet)
     torch.compiler.reset()
     unet.middle.compile(fullgraph=True, backend="aot_eager")
     assert far(gradients(unet), plain) < 1e-5
-    unet.enable_gradient_checkpointing()
-    assert far(gradients(unet), plain) < 1e-5
+    whole = build(**FLAT)
+    whole.enable_gradient_checkpointing()
+    whole.compile(fullgraph=True, backend="aot_eager")
+    assert far(gradients(whole), plain) < 1e-5
 
 
 def test_repeated_blocks_compile():

@@ -18,6 +18,7 @@ from ..core.files import repo_path
 from ..core.records import tensors_digest
 from ..data.batches import LatentBatches
 from .ablation import Variant, build_variant, gate_parameters
+from .plan import require_training_memory
 from .shapes_trials import SHOWN, finish_training
 from ..metrics.benchmark import Benchmark, benchmark
 from ..metrics.collect import collect
@@ -29,7 +30,7 @@ from ..models.sizes import SIZES
 from ..models.tokenizer import tokenize
 from ..pipelines.text_to_video import VersVideoPipeline
 from ..trainers.batches import open_shards
-from ..trainers.distributed import process_group
+from ..trainers.distributed import process_group, weight_shards
 from ..trainers.loading import load_frozen
 from ..trainers.log import curve_ends
 from ..trainers.loop import fit
@@ -49,8 +50,10 @@ def parse_judges(
     given = dict(part.strip().partition("=")[::2] for part in judges.split(",") if part.strip())
     mean, found = given.pop("mean", ""), {}
     for name, file in given.items():
-        options = dict(mean=mean) if name == "c3d" and mean else {}
-        found[pick(JUDGES, name, "judges")] = load_extractor(name, file, **options)
+        role = pick(JUDGES, name, "judges")
+        if role in found:
+            raise ValueError(f"judges={judges!r} has two for {role}: give one")
+        found[role] = load_extractor(name, file, **dict(mean=mean) if name == "c3d" and mean else {})
     missing = set(JUDGES.values()) - found.keys()
     if missing:
         raise ValueError(f"judges={judges!r} has none for {', '.join(sorted(missing))}: give "
@@ -108,7 +111,8 @@ def train_on_shards(
 ) -> tuple:         # `VersVideoPipeline` with merged experts, and the `Log`
     "Train a variant on every process that was started; a stopped training continues."
     row, cfg, plan = resolve_unet(budget.size, steps=budget.steps, seed=seed)
-    device = process_group().device
+    device, own = process_group().device, replace(row, unet=row.unet | dict(experts=(variant.experts,) * 2))
+    require_training_memory(budget.size, own, cfg, plan.checkpointing, device, weight_shards())
     vae, text_encoder, tokenizer = load_frozen(budget.size)
     vae, text_encoder = vae.to(device), text_encoder.to(device)
     set_seed(seed)

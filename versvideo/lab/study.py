@@ -146,6 +146,9 @@ def choose_trials(
 ) -> ShapesTrials | ShardTrials:
     "On shards where `data` is given, else on Moving Shapes; ValueError for an unknown size, or what is missing."
     s = study
+    if s.data and s.world != "plain" or not s.data and (s.real or s.judges):
+        raise ValueError(f"data={s.data!r}, world={s.world!r}, real={s.real!r}, judges={s.judges!r}: give world= "
+                         "without data=, and real= and judges= with it")
     if s.data:
         return ShardTrials(shard_budget(s.size, s.data, s.real, s.judges, steps=s.steps, n=s.n, held_out=s.held_out))
     budget = pick(BUDGETS, s.size, "size")

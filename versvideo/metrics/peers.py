@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'REAL', 'MORE_REAL', 'OURS', 'load_animatediff', 'load_peer', 'clip_maker', 'require_real_networks',
-           'weights_digest', 'sampling_facts', 'collect_models']
+           'weights_digest', 'sampling_facts', 'named_baselines', 'collect_models']
 
 # %% ../../nbs/metrics/peers.ipynb #peers-03
 import re
@@ -123,6 +123,21 @@ def sampling_facts(
     pixels = dict(height=h, width=w) if at_our_size else {}
     return facts, dict(num_frames=t, num_inference_steps=steps, guidance_scale=guidance, **pixels)
 
+# %% ../../nbs/metrics/peers.ipynb #peers-named1
+def named_baselines(
+    baselines: str,  # What `load_peer` knows, separated by commas; NAME=FOLDER gives the row another name
+) -> dict:           # Name of the row to what `load_peer` takes
+    "The rows beside ours; ValueError for two of one name."
+    found = {}
+    for part in filter(None, (part.strip() for part in baselines.split(","))):
+        named = "=" in part and not Path(part).exists()
+        name, source = part.split("=", 1) if named else (part, part)
+        if name in (*found, REAL, MORE_REAL, OURS):
+            raise ValueError(f"baselines={baselines!r} has {name!r} twice, or it is a row already: "
+                             "give it another name as NAME=FOLDER")
+        found[name] = source
+    return found
+
 # %% ../../nbs/metrics/peers.ipynb #peers-28
 def collect_models(
     bench: Benchmark,
@@ -148,8 +163,7 @@ def collect_models(
     sets, facts = {REAL: gather(REAL, bench.real)}, {REAL: dict(seed=seed)}
     if bench.more_real:
         sets[MORE_REAL], facts[MORE_REAL] = gather(MORE_REAL, bench.more_real), dict(seed=seed + 1)
-    others = [part.strip().rpartition("=")[::2] for part in baselines.split(",") if part.strip()]
-    for name, source in [(OURS, ""), *((name or source, source) for name, source in others)]:
+    for name, source in ({OURS: ""} | named_baselines(baselines)).items():
         model = load_peer(source).to(device) if source else pipe
         model.set_progress_bar_config(disable=True)
         facts[name], arguments = sampling_facts(model, bench, name == OURS, pipe.trained_size, steps, guidance, seed)

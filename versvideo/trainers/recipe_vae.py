@@ -66,6 +66,8 @@ def resolve_vae(
     clips: str = "",  # Stage tcm: folder of videos
     decoder: str = "",  # Stage tcm: folder of a trained one
     without: str = "",  # Stage tcm: `PARTS` left out, separated by +
+    consistency: str = "paper",  # Stage tcm: paper | mapped
+    paper_weights: bool = False,  # Stage tcm: of `decoder_loss`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `FitConfig`, list of parts left out
     "The settings of a run; ValueError for an unknown name, or parameters of the other stage."
@@ -73,8 +75,12 @@ def resolve_vae(
     missing = without.split("+") if without else []
     for part in missing:
         pick(dict.fromkeys(PARTS), part, "without")
-    if stage == "image" and (clips or without or decoder):
-        raise ValueError(f"stage image takes no {clips=}, {without=} or {decoder=}: they belong to stage tcm")
+    mapped = pick(dict(paper=False, mapped=True), consistency, "consistency")
+    if stage == "image" and (clips or without or decoder or mapped or paper_weights):
+        raise ValueError(f"stage image takes no {clips=}, {without=}, {decoder=}, {consistency=} or {paper_weights=}: "
+                         "they belong to stage tcm")
+    if mapped and "consistency" in missing:
+        raise ValueError(f"{without=} leaves out the term that {consistency=} changes: give one of them")
     if decoder and without:
         raise ValueError(f"{decoder=} has the parts it has: leave out {without=}")
     return change_settings(cfg, **changes), missing
