@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_folder', 'is_finished', 'check_training', 'train_missing', 'train_jobs', 'train_all', 'read_curves',
-           'show_variants', 'choose_trials', 'Study']
+           'show_variants', 'choose_variants', 'choose_trials', 'Study']
 
 # %% ../../nbs/lab/study.ipynb #study-03
 import csv
@@ -140,6 +140,20 @@ def show_variants(
     for i, prompt in enumerate(prompts):
         show_clips([of[i] for of in clips.values()], titles=[f"{prompt}: {name}" for name in clips])
 
+# %% ../../nbs/lab/study.ipynb #study-27v
+def choose_variants(
+    variants: list,  # With a `name` each
+    baseline: str,   # Name of the one that the others are compared with
+    only: str = "",  # Names of some of them, separated by semicolons; empty: all
+) -> list:
+    "The variants to train; ValueError for an unknown name, or without the baseline."
+    named = {v.name: v for v in variants}
+    pick(named, baseline, "baseline")
+    chosen = [pick(named, name.strip(), "only") for name in only.split(";")] if only else list(variants)
+    if named[baseline] not in chosen:
+        raise ValueError(f"{only=} lacks {baseline!r}, which the others are compared with: add it")
+    return chosen
+
 # %% ../../nbs/lab/study.ipynb #study-27t
 def choose_trials(
     study: "Study",  # Its fields count
@@ -182,10 +196,7 @@ class Study:
     found: dict = field(default_factory=dict, repr=False)   # Of `train_all`
 
     def __post_init__(self):
-        named = {v.name: v for v in self.variants}
-        if self.only:
-            self.variants = [pick(named, name.strip(), "only") for name in self.only.split(";")]
-        pick({v.name: v for v in self.variants}, self.baseline, "baseline")
+        self.variants = choose_variants(self.variants, self.baseline, self.only)
         self.trials = choose_trials(self)
         self.folder = run_folder(self.out)
         self.trainings = (repo_path(self.runs) if self.runs else self.folder / "trainings") / (
