@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLE_PLANS', 'LARGE_STYLE_RUNS', 'STYLE_RUNS', 'STYLE_DROP', 'IMAGES_ALONE', 'StylePlan', 'resolve_style',
-           'build_adapter', 'drawn_as', 'nameless_styles', 'StyleData', 'embed_chosen_frames', 'build_style_data',
-           'StyleBatches', 'NoiseLoss', 'CaptionsLoss', 'held_out_batch', 'error_only', 'picture_worth',
-           'worth_metrics']
+           'build_adapter', 'drawn_as', 'nameless_styles', 'StyleData', 'build_style_data', 'StyleBatches', 'NoiseLoss',
+           'CaptionsLoss', 'held_out_batch', 'error_only', 'picture_worth', 'worth_metrics']
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-03
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +17,6 @@ from diffusers.training_utils import compute_snr
 
 from ..core.checks import pick
 from ..core.files import repo_path
-from ..core.prefetch import prefetch
-from ..core.progress import progress
 from ..models.latents import encode_clips
 from ..models.sizes import Size
 from ..models.style import StyleAdapter, join_tokens
@@ -33,6 +29,7 @@ from .distributed import process_group
 from .loading import cached_latents
 from .objectives import denoising_loss, draw_timesteps
 from .recipes import SMOKE, caption_ids, change_settings, large_settings, shapes_world
+from .style_pictures import StylePictures, style_pictures
 from ..world.captions import captions
 from ..world.shapes import MovingShapes
 
@@ -118,44 +115,16 @@ def nameless_styles(
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-20
 @dataclass
 class StyleData:
-    "Latents, captions with and without styles, and embeddings of pictures."
+    "Latents, captions with and without styles, and pictures."
 
     kinds: tuple  # Drawing styles
     latents: torch.Tensor  # `n 4 t h w`, fp16
     texts: torch.Tensor  # `n 20 tokens`, captions without style
     no_text: torch.Tensor  # `tokens`, of the empty text
     named: dict  # Style to `n 20 tokens`, captions that name it; styles that captions cannot name are missing
-    drawn_in: torch.Tensor  # `n`, number of each clip's style
-    embeddings: torch.Tensor  # `n frames d`, of the pictures
-
-    def of_style(self, k: int) -> torch.Tensor:
-        "Numbers of the clips of a style."
-        return (self.drawn_in == k).nonzero()[:, 0]
-
-    def other(self, i: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        "Another clip of the same style."
-        alike = self.of_style(self.drawn_in[i])
-        step = torch.randint(1, max(len(alike), 2), (), generator=g)
-        return alike[(torch.searchsorted(alike, i) + step) % len(alike)]
+    pictures: StylePictures  # Of the same clips
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-21
-def embed_chosen_frames(
-    image_encoder,
-    world: MovingShapes,
-    clips: int,  # Number of clips
-    frames: int,  # Frames of each, evenly spaced inside the clip
-    workers: int = 0,  # Processes that render ahead
-) -> torch.Tensor:  # `clips frames d`
-    "CLIP embeddings of some frames of a world's first clips."
-    chosen = torch.linspace(0, world.frames - 1, frames + 2).long()[1:-1]
-
-    def render(i):
-        return world.batch(range(i, min(i + 64, clips))).clips[:, :, chosen]
-
-    with closing(prefetch(render, range(0, clips, 64), workers)) as made:
-        return torch.cat([embed_frames(image_encoder, part).cpu() for part in progress(made, "embed", -(-clips // 64))])
-
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-23
 def build_style_data(
     folder,  # Of the run
     pipe: VersVideoPipeline,
@@ -177,12 +146,11 @@ def build_style_data(
         if not named:
             raise ValueError(f"styles={','.join(kinds)}: no caption names any of these, name one that captions can "
                              "tell")
-    drawn_in = torch.tensor([kinds.index(a["objects"][0]["style"]) for a in attributes])
-    embeddings = embed_chosen_frames(pipe.image_encoder, world, plan.clips, plan.frames, workers)
+    pictures = style_pictures(pipe.image_encoder, world, kinds, plan.clips, plan.frames, workers)
     texts = caption_ids(tokenizer, attributes, styled=False)
-    return StyleData(kinds, latents, texts, tokenize(tokenizer, "")[0], named, drawn_in, embeddings)
+    return StyleData(kinds, latents, texts, tokenize(tokenizer, "")[0], named, pictures)
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-27
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-25
 @dataclass
 class StyleBatches:
     """The `batch_fn` of `fit`.
@@ -201,18 +169,17 @@ class StyleBatches:
         g = torch.Generator().manual_seed(batch_seed(self.cfg.seed, batch_index))
         image = is_image_batch(step, batch_index, self.image_steps)
         x, index = draw_latents(data.latents, self.cfg.batch_size, image, g)
-        others = torch.stack([data.other(i, g) for i in index])
-        frame = torch.randint(data.embeddings.shape[1], (len(index),), generator=g)
+        picture = data.pictures.draw(index, g)
         wording = torch.randint(data.texts.shape[1], (len(index),), generator=g)
         lot = torch.rand(len(index), generator=g)
         text_only, style_only, neither = lot < drop, (lot - 0.5).abs() < drop / 2, lot > 1 - drop
         ids = data.texts[index, wording]
         ids[style_only | neither] = data.no_text
-        batch = dict(latents=x, drawn_in=data.drawn_in[index], picture=data.embeddings[others, frame],
+        batch = dict(latents=x, drawn_in=data.pictures.drawn_in[index], picture=picture,
                      counts=(~(text_only | neither)).float(), ids=ids)
         return batch | {f"named {kind}": ids[index, wording] for kind, ids in data.named.items()}
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-31
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-29
 @dataclass
 class NoiseLoss:
     "The `loss_fn` of `fit` in stage noise: the UNet's loss, with style tokens after the text tokens."
@@ -238,7 +205,7 @@ class NoiseLoss:
         "Text and style tokens `b n+k d`, and their weights `b n+k`."
         return join_tokens(self.encode(batch["ids"]), style(batch["picture"]), batch["counts"])
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-35
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-33
 class CaptionsLoss(NoiseLoss):
     "The `loss_fn` of `fit` in stage captions: relative error of the change in ε that the name of a style makes."
 
@@ -284,7 +251,7 @@ class CaptionsLoss(NoiseLoss):
     def size_of_effect(self, some: torch.Tensor) -> torch.Tensor:
         "Weighted root mean square of Δ on single frames of these clips."
         data, device = self.data, self.pipe.unet.device
-        few = dict(drawn_in=data.drawn_in, ids=data.texts[:, 0])
+        few = dict(drawn_in=data.pictures.drawn_in, ids=data.texts[:, 0])
         few |= {f"named {kind}": ids[:, 0] for kind, ids in data.named.items()}
         few = {name: value[some].to(device) for name, value in few.items()}
         set_seed(batch_seed(self.seed, 0))
@@ -295,7 +262,7 @@ class CaptionsLoss(NoiseLoss):
     def even_factors(self) -> torch.Tensor:  # One a style
         "The factors f of `even=True`, one for each style; ValueError where a name changes nothing."
         kinds, named = self.data.kinds, self.data.named
-        sizes = [self.size_of_effect(self.data.of_style(k)[:256]) if kind in named else None
+        sizes = [self.size_of_effect(self.data.pictures.of_style(k)[:256]) if kind in named else None
                  for k, kind in enumerate(kinds)]
         mute = [kind for kind, size in zip(kinds, sizes, strict=True) if size is not None and not size > 0]
         if mute:
@@ -317,7 +284,7 @@ class CaptionsLoss(NoiseLoss):
                   for k in kind.unique().tolist()}
         return dict(loss=torch.stack(list(shares.values())).mean(), error=missed.mean()) | shares
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-41
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-39
 def held_out_batch(
     pipe: VersVideoPipeline,
     world: MovingShapes,  # Of the test split
@@ -326,23 +293,23 @@ def held_out_batch(
 ) -> dict:
     "A batch like those of `StyleBatches`, from held-out clips and their first captions."
     held = world.batch(range(n))
-    kinds, embeddings = data.kinds, data.embeddings
+    kinds, pictures = data.kinds, data.pictures
     drawn_in = torch.tensor([kinds.index(a["objects"][0]["style"]) for a in held.attributes])
-    pictures = embeddings[[int(data.of_style(k)[-1]) for k in drawn_in], 0]
+    picture = pictures.embeddings[[int(pictures.of_style(k)[-1]) for k in drawn_in], 0]
     ids = caption_ids(pipe.tokenizer, held.attributes, styled=False)[:, 0]
-    batch = dict(latents=encode_clips(pipe.vae, held.clips), drawn_in=drawn_in, picture=pictures,
+    batch = dict(latents=encode_clips(pipe.vae, held.clips), drawn_in=drawn_in, picture=picture,
                  counts=torch.ones(n), ids=ids)
     return batch | {f"named {kind}": caption_ids(pipe.tokenizer, [drawn_as(a, kind) for a in held.attributes])[:, 0]
                     for kind in data.named}
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-42
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-40
 def error_only(
     loss: Callable,  # `NoiseLoss` or `CaptionsLoss`
 ) -> Callable:  # For `Validation`
     "Wrap a loss so that its absolute error is what validation reports."
     return lambda style, **batch: dict(loss=loss(style, batch)["error"])
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-45
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-43
 @torch.no_grad()
 def picture_worth(
     pipe: VersVideoPipeline,
@@ -373,7 +340,7 @@ def picture_worth(
     return [dict(style=kind, no_picture=error(kind)) | {f"picture: {other}": error(kind, other) for other in kinds}
             for kind in kinds]
 
-# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-47
+# %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-45
 def worth_metrics(
     worth: list,  # Of `picture_worth`
 ) -> dict:

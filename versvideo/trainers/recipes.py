@@ -86,15 +86,15 @@ class ShapesData:
         self,
         index: torch.Tensor,  # `b`, clips
         generator: torch.Generator,
-        dropout: float = 0.0,  # Share that leaves the style out
+        dropout: float | torch.Tensor = 0.0,  # Share that leaves the style out; a tensor `b` has one for each clip
     ) -> torch.Tensor:  # `b tokens`
         "One random caption of each clip."
         wording = torch.randint(self.ids.shape[1], (len(index),), generator=generator)
         ids = self.ids[index, wording]
-        if not dropout:
+        if not torch.as_tensor(dropout).any():
             return ids
-        left_out = torch.rand(len(index), 1, generator=generator) < dropout
-        return torch.where(left_out, self.unstyled[index, wording], ids)
+        left_out = torch.rand(len(index), generator=generator) < dropout
+        return torch.where(left_out[:, None], self.unstyled[index, wording], ids)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-21
 def encode_world(
