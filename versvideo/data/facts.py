@@ -9,9 +9,9 @@ __all__ = ['FrameRequest', 'read_frames', 'file_facts', 'with_facts']
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 
 from ..core.files import sha256_of
@@ -19,7 +19,8 @@ from .entries import PICTURE_SUFFIXES, Entry
 from .reading import Workers
 from .samples import fit_frames, read_image
 from .tars import bytes_in_tar
-from ..media.video import read_video
+from ..media.decoding import VideoFacts
+from ..media.video import read_facts, read_video
 
 # %% ../../nbs/data/facts.ipynb #facts-06
 @dataclass(frozen=True)
@@ -30,36 +31,37 @@ class FrameRequest:
     stride: int = 1      # Take every so many frames
     geometry: str = ""   # As of `fit_frames`, for example 256 centre crop; empty: as they are
     fps: float = 0.0     # Instead of the stride: so many frames per second; 0: use the stride
+    reader: str = ""     # pyav or decord, as of `read_video`
 
 # %% ../../nbs/data/facts.ipynb #facts-07
 def read_frames(
     request: FrameRequest,
 ) -> np.ndarray:  # uint8 `3 t h w`
     "Read the frames of a request; ValueError if the file cannot be read or is too short, FileNotFoundError."
+    fit = partial(fit_frames, geometry=request.geometry) if request.geometry else None
     if Path(request.path).suffix.lower() in PICTURE_SUFFIXES and request.frames == 1:
         clip = read_image(request.path)[:, None]
+        clip = fit(clip) if fit else clip
     else:
         stride = None if request.fps else request.stride
-        clip = read_video(request.path, request.frames, stride, request.fps or None)
+        clip = read_video(request.path, request.frames, stride, request.fps or None, fit=fit, reader=request.reader)
     if clip.shape[1] < request.frames:
         raise ValueError(f"frames={request.frames}: {request.path} holds {clip.shape[1]} at {request.fps} frames "
                          "per second, ask for fewer")
-    return (fit_frames(clip, request.geometry) if request.geometry else clip).numpy()
+    return clip.numpy()
 
 # %% ../../nbs/data/facts.ipynb #facts-13
 def file_facts(
     path: str,  # Of a video or picture, or of a member as tar/name
 ) -> dict:      # frames, fps, height, width and sha256, as of `Entry`
     "What only the file knows; every frame is decoded, so a file with facts can be read to its end."
-    is_picture = Path(path).suffix.lower() in PICTURE_SUFFIXES
-    clip, fps = read_image(path)[:, None] if is_picture else read_video(path), 0.0
-    if clip.shape[1] > 1:
-        with av.open(path) as file:
-            fps = float(file.streams.video[0].average_rate or 0)
-    _, frames, height, width = clip.shape
+    if Path(path).suffix.lower() in PICTURE_SUFFIXES:
+        facts = VideoFacts(1, 0.0, *read_image(path).shape[1:])
+    else:
+        facts = read_facts(path)
     data = bytes_in_tar(path)
     sha256 = sha256_of(path) if data is None else hashlib.sha256(data).hexdigest()
-    return dict(frames=frames, fps=fps, height=height, width=width, sha256=sha256)
+    return facts._asdict() | dict(sha256=sha256)
 
 # %% ../../nbs/data/facts.ipynb #facts-16
 def with_facts(

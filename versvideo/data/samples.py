@@ -8,6 +8,7 @@ __all__ = ['read_image', 'resize_frames', 'fit_frames', 'read_entry', 'long_enou
 # %% ../../nbs/data/samples.ipynb #samples-03
 import re
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def read_entry(
     start: float = 0.0,  # Where they begin: 0 at the first frame, just below 1 as late as possible
 ) -> torch.Tensor:  # uint8 `3 t h w`
     "Frames of a video, with the size of a protocol; ValueError if it cannot be read or is too short."
-    return fit_frames(read_video(entry.path, frames, stride, start=start), geometry)
+    fit = partial(fit_frames, geometry=geometry)
+    return read_video(entry.path, frames, stride, start=start, fit=fit).contiguous()
 
 # %% ../../nbs/data/samples.ipynb #samples-20
 def long_enough(
@@ -85,7 +87,7 @@ def long_enough(
     good, bad = [], {}
     for entry in entries:
         try:
-            read_video(entry.path, frames, stride)
+            read_video(entry.path, frames, stride, fit=lambda frame: frame[..., :1, :1])  # nothing is kept
         except ValueError as error:
             bad[entry.path.name] = str(error).replace(str(entry.path), entry.path.name)
         else:

@@ -11,8 +11,9 @@ import tarfile
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from .entries import PICTURE_SUFFIXES, Entry, check_folder, warn_left_out
+from .entries import PICTURE_SUFFIXES, Entry, files_below, warn_left_out
 from .tables import read_sidecar
+from ..media.video import is_companion
 
 # %% ../../nbs/data/tars.ipynb #tars-06
 UNSAFE_PATH = re.compile(r"\\|^/|(^|/)\.\.(/|$)", re.M)  # A backslash, an absolute path, or ..
@@ -81,14 +82,17 @@ def bytes_in_tar(
     return data
 
 # %% ../../nbs/data/tars.ipynb #tars-20
-def _tar_entries(tar: Path) -> list[Entry]:
+def _tar_entries(tar: Path) -> tuple:  # Entries, names of pictures whose captions are no texts
     "Every picture of a tar, with or without a caption; errors as of `tar_members`."
-    members, entries = tar_members(tar), []
+    members, entries, odd = tar_members(tar), [], []
     for name in map(PurePosixPath, members):
-        if name.suffix.lower() in PICTURE_SUFFIXES:
+        if name.suffix.lower() in PICTURE_SUFFIXES and not is_companion(name):
             beside = (read_member(tar, members, str(name.with_suffix(suffix))) for suffix in (".txt", ".json"))
-            entries.append(Entry(tar / name, **read_sidecar(*beside)))
-    return entries
+            try:
+                entries.append(Entry(tar / name, **read_sidecar(*beside)))
+            except ValueError as error:
+                odd.append(f"{tar.name}/{name} ({error})")
+    return entries, odd
 
 # %% ../../nbs/data/tars.ipynb #tars-21
 def read_image_shards(
@@ -98,16 +102,20 @@ def read_image_shards(
 
     A warning names tars that cannot be read and pictures without a caption; FileNotFoundError if no picture is left.
     """
-    tars, entries, bad = sorted(path for path in check_folder(folder).rglob("*.tar") if path.is_file()), [], []
+    tars, entries, odd, bad = [path for path in files_below(folder) if path.suffix == ".tar"], [], [], []
     for tar in tars:
         try:
-            entries += _tar_entries(tar)
+            of_tar = _tar_entries(tar)
         except ValueError as error:
             bad.append(str(error))
+        else:
+            entries, odd = entries + of_tar[0], odd + of_tar[1]
     found = [entry for entry in entries if entry.captions]
     silent = [f"{entry.path.parent.name}/{entry.path.name}" for entry in entries if not entry.captions]
     warn_left_out(bad, len(tars), f"tars of {folder} are left out")
-    warn_left_out(silent, len(entries), f"pictures of {folder} have no caption and are left out")
+    total = len(entries) + len(odd)
+    warn_left_out(silent, total, f"pictures of {folder} have no caption and are left out")
+    warn_left_out(odd, total, f"pictures of {folder} have captions that are no texts and are left out")
     if not found:
         raise FileNotFoundError(f"{folder} has {len(tars)} tars and none holds a picture with a caption: KEY.jpg and "
                                 "KEY.txt, or a caption in KEY.json, as img2dataset writes them")

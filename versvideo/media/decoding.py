@@ -79,20 +79,22 @@ def square_size(
 
 # %% ../../nbs/media/decoding.ipynb #decoding-19
 class Screen:
-    "Turns decoded frames into pictures `h w 3`, all of the size of the first one."
+    "Turns decoded frames into pictures `h w 3`, all of the size of the first one and turned as it is."
 
     def __init__(self, stream: av.VideoStream):
-        self.stream, self.size = stream, None
+        self.stream, self.size, self.matrix = stream, None, None
         self.reformatter = VideoReformatter()  # one for all: setting one up takes as long as decoding a frame
 
     def show(self, frame: av.VideoFrame) -> np.ndarray:  # uint8 `h w 3`
         "A frame as a player shows it."
         if self.size is None:
             self.size = square_size(frame.width, frame.height, self.stream.sample_aspect_ratio)
+            matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # of each frame, it would keep all frames in memory
+            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
         how = {} if self.size == (frame.width, frame.height) else dict(interpolation="BICUBIC")
-        picture = self.reformatter.reformat(frame, *self.size, format="rgb24", **how).to_ndarray()
-        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-        return turned(picture, None if matrix is None else np.frombuffer(bytes(matrix), np.int32))
+        plane = self.reformatter.reformat(frame, *self.size, format="rgb24", **how).planes[0]
+        picture = np.ndarray((*self.size[::-1], 3), np.uint8, plane, strides=(plane.line_size, 3, 1))  # without a copy
+        return turned(picture, self.matrix)
 
 # %% ../../nbs/media/decoding.ipynb #decoding-21
 class FrameIndex(NamedTuple):

@@ -91,8 +91,9 @@ def cover(
     frames = clip.permute(1, 0, 2, 3)
     if scale != 1:
         wanted = [max(round(edge * scale), least) for edge, least in zip((h, w), size, strict=True)]
-        frames = F.interpolate(frames.float(), wanted, mode="bicubic", antialias=scale < 1)
-        frames = frames.round().clamp(0, 255).to(torch.uint8)
+        channels = (F.interpolate(frames[:, c : c + 1].float(), wanted, mode="bicubic", antialias=scale < 1)
+                    .round().clamp(0, 255).to(torch.uint8) for c in range(frames.shape[1]))  # one at a time as floats
+        frames = torch.cat(list(channels), 1)
     top, left = ((have - want) // 2 for have, want in zip(frames.shape[2:], size, strict=True))
     return frames[:, :, top:top + size[0], left:left + size[1]].permute(1, 0, 2, 3).contiguous()
 

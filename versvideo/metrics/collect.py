@@ -26,7 +26,7 @@ from ..core.records import read_json, tensors_digest, write_json
 from ..data.entries import Entry
 from ..data.samples import fit_frames, long_enough, read_entry
 from ..media.pixels import check_clips, to_uint8
-from ..media.video import VIDEO_SUFFIXES
+from ..media.video import VIDEO_SUFFIXES, videos_in
 
 # %% ../../nbs/metrics/collect.ipynb #collect-06
 def part_path(
@@ -222,7 +222,7 @@ def folder_source(
     kinds = ", ".join(VIDEO_SUFFIXES)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: give one with videos ({kinds}) as {name}")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+    files = videos_in(folder)
     if not files:
         raise ValueError(f"{folder} holds no video ({kinds}): give another folder as {name}")
     good, bad = long_enough([Entry(path) for path in files], form.frames, form.stride)

@@ -17,7 +17,7 @@ from ..media.pixels import as_pictures
 from ..models.contracts import Autoencoder, Denoiser
 from ..models.controlnet import VersVideoControlNet
 from ..models.style import StyleAdapter, embed_pictures
-from ..models.text import encode_text
+from ..models.text import encode_text, limit_tokenizer
 from .arguments import check_embeds, check_prompts, warn_about_words
 from .control import ControlPlan, HeldFrames
 from .guidance import Passes, Style, guide, plan_passes
@@ -52,6 +52,7 @@ class VideoComponents(DiffusionPipeline):
         words: str = "",                                           # It was trained on; empty: all of the tokenizer's
     ):
         super().__init__()
+        limit_tokenizer(tokenizer, text_encoder)
         self.register_to_config(words=words)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
                               controlnet=controlnet, style_adapter=style_adapter, image_encoder=image_encoder)

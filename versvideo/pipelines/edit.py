@@ -7,6 +7,7 @@ __all__ = ['Edit', 'check_names', 'edit_clip', 'save_edit', 'EditedFiles', 'vide
            'report_left_out', 'edit_files', 'parse_pairs']
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-03
+import errno
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 
 from ..core.checks import pick
+from ..core.files import atomic_path, short_name
 from ..data.conditions import extract_condition
 from ..media.show import clip_grid, contact_sheet
-from ..media.video import VIDEO_SUFFIXES, read_clip, write_video
+from ..media.video import read_clip, videos_in, write_video
 from .text_to_video import VersVideoPipeline
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-06
@@ -107,7 +109,8 @@ def save_edit(
     grid = clip_grid(clips, titles, columns=len(rows), scale=scale)
     beside = write_video(grid, folder / f"{name}-beside.mp4", fps)
     sheet = folder / f"{name}.jpg"
-    contact_sheet(clips, titles).save(sheet, quality=90)
+    with atomic_path(sheet) as temp:
+        contact_sheet(clips, titles).save(temp, quality=90)
     return [result, beside, sheet]
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-21
@@ -129,7 +132,7 @@ def video_paths(
     if video.is_dir() and video.resolve() == folder.resolve():
         raise ValueError(f"the results would be written among the videos of {str(video)!r}, and edited the next time: "
                          "give another folder for them")
-    return sorted(p for p in video.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if video.is_dir() else [video]
+    return videos_in(video) if video.is_dir() else [video]
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-26
 def dry_run(
@@ -162,7 +165,10 @@ def collect_edits(
     edit: Callable,    # Clip to `Edit`
     save: Callable,    # `save(edit, name)` writes the files of an edit; names differ
 ) -> EditedFiles:
-    "Edit and save every video; one that cannot be read, or is too short for a frame that is asked for, is left out."
+    """Edit and save every video; one that cannot be read, edited or saved is left out, with its cause.
+
+    A full disk ends the work; what was saved before stays.
+    """
     done, stems = EditedFiles(), [path.stem for path in paths]
     for path in paths:
         try:
@@ -170,12 +176,18 @@ def collect_edits(
         except (ValueError, OSError, MemoryError) as error:
             done.bad[path.name] = str(error)
             continue
+        name = path.stem if stems.count(path.stem) == 1 else path.name
         try:
-            done.edits[path.name] = edit(clip)
+            made = edit(clip)
+            save(made, f"{short_name(name, len('-edit-beside.mp4'))}-edit")
+            done.edits[path.name] = made
         except ValueError as error:  # too short for a frame that is asked for
             done.bad[path.name] = str(error)
-            continue
-        save(done.edits[path.name], f"{path.stem if stems.count(path.stem) == 1 else path.name}-edit")
+        except OSError as error:
+            done.bad[path.name] = f"{path.name} was edited, but not saved ({error.strerror or error})"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                done.bad[path.name] += ": free some space and edit the rest"
+                break
     return done
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-31

@@ -28,6 +28,7 @@ from ..models.contracts import Autoencoder
 from ..models.latents import encode_clips
 from ..models.saving import quiet_bars
 from ..models.sizes import SIZES
+from ..models.text import limit_tokenizer
 from ..models.unet import VersVideoUNet
 from ..models.vae import TCMVAE, load_vae
 from ..pipelines.loading import load_pipeline
@@ -142,7 +143,7 @@ def load_text_encoder(
     where = dict(subfolder="text_encoder", dtype=torch.float32, use_safetensors=True)
     with quiet_bars():
         text_encoder = text_class.from_pretrained(home, **where)
-    return text_encoder, AutoTokenizer.from_pretrained(home, subfolder="tokenizer")
+    return text_encoder, limit_tokenizer(AutoTokenizer.from_pretrained(home, subfolder="tokenizer"), text_encoder)
 
 # %% ../../nbs/trainers/loading.ipynb #loading-20
 def load_frozen(
