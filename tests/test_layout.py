@@ -38,7 +38,7 @@ KNOW_THE_WORLD = {
 ONLY_IN = {
     "controlnet_aux": {"data.conditions"},
     "cv2": {"data.conditions"},
-    "decord": set(),
+    "decord": {"media.readers"},
     "ipywidgets": {"pipelines.explorer"},
     "lpips": {"metrics.quality", "models.discriminator"},
     "pebble": {"data.reading"},

@@ -26,6 +26,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from ..media.decoding import NO_VIDEO, open_video
+
 # %% ../../nbs/data/reading.ipynb #reading-06
 SHARED_MEMORY = "/dev/shm"  # Files in this folder are in memory
 LEAVE_FREE = 0.5            # Share of it that is left to other programs
@@ -120,11 +122,11 @@ def missing_stream(
     if not isinstance(path, (str, Path)) or not Path(path).is_file():
         return ""
     try:
-        with av.open(str(path)) as file:
-            if not file.streams.video:
-                return "no video in it"
-            return "" if any(packet.size for packet in file.demux(video=0)) else "no frames in it"
-    except (av.FFmpegError, ValueError):
+        with open_video(path) as (file, stream):
+            return "" if any(packet.size for packet in file.demux(stream)) else "no frames in it"
+    except ValueError as error:
+        return "no video in it" if NO_VIDEO in str(error) else ""
+    except av.FFmpegError:
         return ""
 
 # %% ../../nbs/data/reading.ipynb #reading-22

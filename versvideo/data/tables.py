@@ -10,13 +10,14 @@ __all__ = ['TABLE_COLUMNS', 'CAPTION_KEYS', 'parse_captions', 'row_captions', 'c
 import ast
 import csv
 import json
-import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ..core.checks import pick
-from .entries import MEDIA_SUFFIXES, PAGE, Entry, clean_caption, find_media, read_rows, warn_left_out
+from versvideo.data.entries import (
+    MEDIA_SUFFIXES, PAGE, Entry, clean_caption, files_below, find_media, read_rows, warn_left_out,
+)
 
 # %% ../../nbs/data/tables.ipynb #tables-06
 TABLE_COLUMNS = {  # Kind of table: column of the file, columns of the caption (the first that exists)
@@ -163,10 +164,14 @@ def read_beside(
 ) -> list[Entry]:        # Sorted by path
     "Videos or pictures with a caption beside each; a warning for those without, FileNotFoundError if none has one."
 
+    def key(path, suffix):  # names as they are shown, whichever disk they come from
+        return path.parent, composed(path.stem), suffix
+
     def content(path, suffix):  # a page is not read to its end
-        file = next((p for p in map(path.with_suffix, (suffix, suffix.upper())) if os.path.isfile(p)), None)
+        file = sidecars.get(key(path, suffix))
         return file and file.read_bytes()[:PAGE]
 
+    sidecars = {key(path, path.suffix.lower()): path for path in files_below(folder)}
     found, silent, odd, media = [], [], [], find_media(folder)
     for path in media:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 
 from ..core.checks import pick
-from .decoding import FrameIndex, damage_named, indices, open_video, square_size
+from .decoding import FrameIndex, damage_named, decode, indices, open_video, square_size
 
 # %% ../../nbs/media/readers.ipynb #readers-06
 READERS = {"pyav": "frames as a player shows them", "decord": "faster in one process, refuses some files"}
@@ -70,14 +70,12 @@ def decord_fault(
         kind = file.format.name.split(",")[0]
         if kind not in RIGHT_FORMATS or not index.numbers and kind != "avi":
             return f"finds other frames in {file.format.long_name or kind} files, or files whose times are not in order"
-        if len(file.streams.video) > 1:
-            return "may choose another of several video streams"
         if square_size(stream.width, stream.height, stream.sample_aspect_ratio) != (stream.width, stream.height):
             return "does not make pixels square"
         matrix = next(file.decode(stream)).side_data.get(SideData.DISPLAYMATRIX)
-        signs = [1, 0, 0, 1] if matrix is None else np.sign(np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]])
-        if list(signs) != [1, 0, 0, 1]:
-            return "does not mirror, and fails on some videos that are turned"
+        a, b, c, d = (1, 0, 0, 1) if matrix is None else np.sign(np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]])
+        if a * d - b * c < 0:
+            return "does not mirror"
     with open_video(path) as (file, stream):
         is_open = has_leading_frames(file, stream)
     return "finds other frames near key frames that earlier frames depend on" if is_open else ""
@@ -98,7 +96,10 @@ def read_by_decord(
     choose: Callable,             # As of `read_frames`
     fit: Callable | None = None,  # As of `read_frames`
 ) -> np.ndarray:                  # uint8 `t h w 3`
-    "The frames that `read_frames` gives, decoded by decord; ValueError where it would give others, or cannot read."
+    """The frames that `read_frames` gives, decoded by decord; ValueError where it would give others, or cannot read.
+
+    The first frame is compared with that of PyAV.
+    """
     decord, remedy = need_decord(), "leave reader='decord' out for this file"
     with damage_named(path):
         index = next(indices(path))
@@ -110,6 +111,8 @@ def read_by_decord(
         video = decord.VideoReader(str(path.absolute()), num_threads=1)
         if len(video) != len(index.times):
             raise ValueError(f"{path} has {len(index.times)} frames and decord finds {len(video)}: {remedy}")
+        if not np.array_equal(video.get_batch(wanted[:1]).asnumpy(), decode(path, index, wanted[:1])):
+            raise ValueError(f"{path} gives another frame with decord, perhaps of another stream: {remedy}")
         pictures = (video.get_batch([i]).asnumpy()[0] for i in wanted)
         return np.stack([fit(picture) if fit else picture for picture in pictures])
     except (decord.DECORDError, IndexError) as error:

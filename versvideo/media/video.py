@@ -247,34 +247,24 @@ def read_video(
 
     Parameters
     ----------
-    path : str or Path
-        A video file, or an animated GIF, WebP or PNG.
-    frames : int, optional
-        Number of frames, each in the middle of its part of the video. None reads all frames.
-    stride : int, optional
-        Read every `stride`-th frame, at most `frames`. They begin at `start`, from 0, the earliest, to 1, the latest.
-    fps : float, optional
-        Read the frame that is on the screen every 1 / `fps` seconds, at most `frames`.
-    fit : function, optional
-        Maps a frame, uint8 `3 1 h w`, to another one. It is applied before the next frame is decoded, so memory does
-        not depend on the size of the video.
-    reader : str
-        "pyav" or "decord". Empty takes the environment variable `VERSVIDEO_READER`, or pyav. decord refuses files for
-        which it is known to be wrong.
+    path : a video file, or an animated GIF, WebP or PNG
+    frames : number of frames, each in the middle of its part of the video; None reads all frames
+    stride : read every `stride`-th frame, at most `frames`; they begin at `start`, 0 for the earliest, 1 for the latest
+    fps : read the frame that is on the screen every 1 / `fps` seconds, at most `frames`
+    fit : function that maps a frame, uint8 `3 1 h w`, to another one before the next frame is decoded, so that memory
+        does not depend on the size of the video
+    reader : "pyav" or "decord", which refuses files for which it is known to be wrong; empty takes the environment
+        variable `VERSVIDEO_READER`, or pyav
 
     Returns
     -------
-    torch.Tensor
-        uint8 `3 t h w`. It lies in memory as it was decoded, channels last.
+    torch.Tensor : uint8 `3 t h w`; without `fit` it lies in memory as it was decoded, channels last
 
     Raises
     ------
-    FileNotFoundError
-        There is no such file.
-    ValueError
-        The file is damaged or holds too few frames, an argument is out of range, or decord cannot read the file.
-    ImportError
-        decord is asked for and not installed.
+    FileNotFoundError : there is no such file
+    ValueError : the file is damaged or holds too few frames, an argument is out of range, or decord refuses the file
+    ImportError : decord is asked for and not installed
     """
     path = _existing_file(path)
     _check_choice(frames, stride, fps, start)
