@@ -126,7 +126,7 @@ results: $(INSTALLED)
 	for i in 50_ablation_unet 51_ablation_moe 52_ablation_mec; do OMP_NUM_THREADS=1 $(RUN) nbs/$$i.ipynb --out results/$$i-XS.ipynb \
 	    size=XS seeds=3 at_once=2 runs=results/50_ablation_unet-XS/trainings out=results/$$i-XS || exit 1; done
 	$(RUN) nbs/54_excitations.ipynb --out results/54_excitations-XS.ipynb \
-	    n=24 clips=24 steps=10 out=results/54_excitations-XS
+	    n=24 clips=24 steps=10 start_seed=0 out=results/54_excitations-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb --out results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
 	$(RUN) nbs/60_cost.ipynb --out results/60_cost-H.ipynb \
