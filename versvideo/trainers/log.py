@@ -113,15 +113,16 @@ def progress_lines(
     "The steps, with printed lines that say the loss and the time left."
     start, shown, often = time.monotonic(), 1, max(len(steps) // 20, 1)
     if steps:
-        print(f"train: {len(steps)} steps, from step {steps.start} on", flush=True)
+        went_on = f", continued from step {steps.start}" if steps.start else ""
+        print(f"train: {len(steps)} steps{went_on}", flush=True)
     for done, step in enumerate(steps, 1):
         yield step
         if done == shown or done == len(steps):
             shown = min(2 * done, done + often)
             passed = time.monotonic() - start
             left = passed / done * (len(steps) - done)
-            print(f"train: {step + 1}/{steps.stop}, loss {log.loss:.4g}, {duration(passed)}, {duration(left)} left",
-                  flush=True)
+            print(f"train: {step + 1}/{steps.stop}, loss {log.loss:.4g}, {passed / done:.2g} s a step, "
+                  f"{duration(passed)}, {duration(left)} left", flush=True)
 
 # %% ../../nbs/trainers/log.ipynb #log-19
 def show_steps(

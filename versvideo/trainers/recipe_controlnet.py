@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'CONTROL_RUNS', 'ControlPlan', 'resolve_control', 'style
            'ControlBatches', 'part_of', 'ControlLoss']
 
 # %% ../../nbs/trainers/recipe_controlnet.ipynb #recipe-controlnet-03
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,7 +25,7 @@ from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, embed_batch
 from .config import FitConfig
 from .objectives import denoising_loss
-from .recipes import SMOKE, ShapesData, change_settings, large_settings
+from .recipes import SMOKE, ShapesData, change_settings, clips_for, large_settings
 from .style_pictures import StylePictures
 from ..world.shapes import MovingShapes, ShapesBatch
 from ..world.truth import TRUE_MAPS, true_maps
@@ -64,11 +64,13 @@ CONTROL_RUNS = {
 # %% ../../nbs/trainers/recipe_controlnet.ipynb #recipe-controlnet-09
 def resolve_control(
     size: str,  # A row of `CONTROL_RUNS`
+    clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `FitConfig`, `ControlPlan`
     "The settings of a run; ValueError for an unknown size."
     cfg, plan = pick(CONTROL_RUNS, size, "size")
-    return change_settings(cfg, **changes), plan
+    cfg = change_settings(cfg, **changes)
+    return cfg, replace(plan, clips=clips_for(cfg, plan.clips, clips))
 
 # %% ../../nbs/trainers/recipe_controlnet.ipynb #recipe-controlnet-11
 def style_share(

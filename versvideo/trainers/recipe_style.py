@@ -9,7 +9,7 @@ __all__ = ['STYLE_PLANS', 'LARGE_STYLE_RUNS', 'STYLE_RUNS', 'STYLE_DROP', 'IMAGE
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-03
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import set_seed
@@ -28,7 +28,7 @@ from .config import FitConfig
 from .distributed import process_group
 from .loading import cached_latents
 from .objectives import denoising_loss, draw_timesteps
-from .recipes import SMOKE, caption_ids, change_settings, large_settings, shapes_world
+from .recipes import SMOKE, caption_ids, change_settings, clips_for, large_settings, shapes_world
 from .style_pictures import StylePictures, style_pictures
 from ..world.captions import captions
 from ..world.shapes import MovingShapes
@@ -63,13 +63,15 @@ def resolve_style(
     size: str,  # A row of `STYLE_PLANS`
     stage: str,  # noise | captions
     style_dropout: float = 0.3,  # Share of captions without their style that the UNet was trained with
+    clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `FitConfig`, `StylePlan`, steps with images alone
     "The settings of a run; ValueError for an unknown stage or size, or a share outside [0, 1]."
     cfg = change_settings(pick(pick(STYLE_RUNS, stage, "stage"), size, "size"), **changes)
     if not 0 <= style_dropout <= 1:
         raise ValueError(f"{style_dropout=}: give a share of the captions, from 0 to 1")
-    return cfg, STYLE_PLANS[size], round(IMAGES_ALONE[stage] * cfg.steps)
+    plan = STYLE_PLANS[size]
+    return cfg, replace(plan, clips=clips_for(cfg, plan.clips, clips)), round(IMAGES_ALONE[stage] * cfg.steps)
 
 # %% ../../nbs/trainers/recipe_style.ipynb #recipe-style-13
 def build_adapter(

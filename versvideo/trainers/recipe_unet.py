@@ -25,7 +25,9 @@ from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, embed_batch, is_image_batch
 from .config import FitConfig
 from .objectives import denoising_loss, training_scheduler
-from .recipes import SMOKE, HeldOut, ShapesData, Validation, change_settings, large_settings
+from versvideo.trainers.recipes import (
+    SMOKE, HeldOut, ShapesData, Validation, change_settings, clips_for, large_settings,
+)
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-06
 @dataclass
@@ -64,6 +66,7 @@ def resolve_unet(
     init: str = "",  # What the weights start from; empty: random weights
     pretrained_share: float = 0.1,  # Of the learning rate, for what `init` loads
     without: str = "",  # Parts left out, as of `leave_out`
+    clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `Size` with its experts, `FitConfig`, `UNetPlan`
     "The settings of a run; ValueError for an unknown size, or numbers out of range."
@@ -74,7 +77,8 @@ def resolve_unet(
     new = change_settings(cfg, pretrained_share=pretrained_share if init else 1.0, **changes)
     if image_steps < 0:  # a shorter run starts with fewer; what is loaded knows images
         image_steps = 0 if init else plan.image_steps * new.steps // cfg.steps
-    plan = replace(plan, image_steps=image_steps, style_dropout=style_dropout, image_rank_fraction=image_rank_fraction)
+    plan = replace(plan, clips=clips_for(new, plan.clips, clips), image_steps=image_steps, style_dropout=style_dropout,
+                   image_rank_fraction=image_rank_fraction)
     return replace(SIZES[size], unet=unet), new, plan
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-14
