@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'MUST_AGREE', 'check_family', 'video_config',
            'translate', 'Report', 'fit_weight', 'load_translated', 'pretrained', 'load_image_unet', 'adapter_config',
-           'load_motion_adapter', 'is_video_unet', 'load_video_unet', 'load_init']
+           'load_motion_adapter', 'is_video_unet', 'load_video_unet', 'source_of', 'load_init']
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-03
 import inspect
@@ -17,7 +17,8 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 from torch import nn
 
-from .sizes import SD15, SD21
+from ..core.files import WEIGHTS
+from .sizes import SD15, SD21, SIZES
 from .unet import VersVideoUNet
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-06
@@ -292,11 +293,19 @@ def load_video_unet(
     return load_translated(unet, video.state_dict(), {})
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-57
+def source_of(
+    name: str,  # A name in `HUB`, a size that comes with weights, or anything else
+) -> str:       # Folder or hub id; other names as they are
+    "Where the weights of a name are."
+    stored = WEIGHTS / name
+    return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
+
+
 def load_init(
     unet: VersVideoUNet,  # Changed in place
-    init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id or a name in `HUB`
+    init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size
 ) -> dict:                # Source to its `Report`
     "Load the weights that a training run starts from."
-    image, _, adapter = (HUB.get(part, part) for part in init.partition("+"))
+    image, _, adapter = map(source_of, init.partition("+"))
     reports = {image: (load_video_unet if is_video_unet(image) else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..core.checks import pick
-from ..core.files import repo_path
 from ..data.batches import LatentBatches
 from ..data.conditions import CONDITIONS, extract_condition
 from ..models.controlnet import VersVideoControlNet
@@ -169,14 +168,14 @@ def build_control(
     names: dict,  # Of `condition_channels`
     plan: ControlPlan,
     experts: int = 0,  # N and M alike; 0 keeps the size's own numbers
-    controlnet: str = "",  # Folder of a pipeline with a ControlNet to continue from
+    controlnet: str = "",  # Pipeline with a ControlNet to continue from, as `load_pipeline` takes it
 ) -> VersVideoControlNet:
     "A ControlNet for a UNet, from its weights or from a trained one; ValueError where `controlnet` has none."
     own = row.unet.get("experts", (4, 4))
     control = VersVideoControlNet.from_unet(pipe.unet, names, experts=(experts,) * 2 if experts else own,
                                             adapter_channels=plan.adapter_channels)
     if controlnet:
-        trained = load_pipeline(repo_path(controlnet), device="cpu").controlnet
+        trained = load_pipeline(controlnet, device="cpu").controlnet
         if trained is None:
             raise ValueError(f"{controlnet=} has no ControlNet: give the folder of a pipeline that has one, or leave "
                              "it empty")

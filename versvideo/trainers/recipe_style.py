@@ -16,12 +16,12 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import compute_snr
 
 from ..core.checks import pick
-from ..core.files import repo_path
 from ..models.latents import encode_clips
 from ..models.sizes import Size
 from ..models.style import StyleAdapter, join_tokens
 from ..models.text import embed_frames, encode_text
 from ..models.tokenizer import tokenize
+from ..pipelines.loading import find_pipeline
 from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, is_image_batch
 from .config import FitConfig
@@ -77,7 +77,7 @@ def resolve_style(
 def build_adapter(
     pipe: VersVideoPipeline,  # With an image encoder
     tokens: int,  # Style tokens
-    adapter: str = "",  # Folder of a pipeline whose adapter to continue from; empty: a new one
+    adapter: str = "",  # Pipeline whose adapter to continue from, as `load_pipeline` takes it; empty: a new one
 ) -> StyleAdapter:
     "A style adapter for a pipeline; ValueError for a pipeline without image encoder, or an adapter that does not fit."
     if pipe.image_encoder is None:
@@ -86,10 +86,11 @@ def build_adapter(
     sizes = (pipe.image_encoder.config.projection_dim, pipe.unet.config.cross_attention_dim, tokens)
     if not adapter:
         return StyleAdapter(*sizes)
-    if not (repo_path(adapter) / "style_adapter").is_dir():
+    folder = find_pipeline(adapter)
+    if not (folder / "style_adapter").is_dir():
         raise ValueError(f"{adapter=} has no style_adapter/: give the folder of a pipeline that has one, or leave it "
                          "empty")
-    style = StyleAdapter.from_pretrained(repo_path(adapter), subfolder="style_adapter", use_safetensors=True,
+    style = StyleAdapter.from_pretrained(folder, subfolder="style_adapter", use_safetensors=True,
                                          torch_dtype=torch.float32).train()
     found = tuple(style.config[k] for k in ("embedding_dim", "cross_attention_dim", "tokens"))
     if found != sizes:
