@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_CODECS', 'NO_VIDEO', 'NO_FRAMES', 'LEAP', 'LEAPING', 'shown_stream', 'open_video', 'turned', 'square_size',
-           'Screen', 'FrameIndex', 'steady_times', 'chunk_index', 'index_by_decoding', 'index_by_packets', 'advance',
+           'Screen', 'FrameIndex', 'steady_times', 'chunk_index', 'index_by_decoding', 'index_by_packets', 'Decoder',
            'decode', 'indices', 'damage_named', 'read_frames', 'VideoFacts', 'video_facts']
 
 # %% ../../nbs/media/decoding.ipynb #decoding-03
@@ -18,7 +18,6 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
 
 # %% ../../nbs/media/decoding.ipynb #decoding-08
 PICTURE_CODECS = {"mjpeg", "png", "bmp", "gif", "webp", "tiff"}  # Of covers that are not marked as such
@@ -79,30 +78,41 @@ def square_size(
 
 # %% ../../nbs/media/decoding.ipynb #decoding-19
 class Screen:
-    "Turns decoded frames into pictures `h w 3`, all of the size of the first one and turned as it is."
+    "Turns decoded frames into pictures `h w 3`, all of the size of the file's first frame and turned as that one is."
 
-    def __init__(self, stream: av.VideoStream):
-        self.stream, self.size, self.matrix = stream, None, None
-        self.reformatter = VideoReformatter()  # one for all: setting one up takes as long as decoding a frame
+    def __init__(self, stream: av.VideoStream, first: av.VideoFrame):
+        self.unit, self.graphs = stream.time_base, {}
+        self.width, self.height = square_size(first.width, first.height, stream.sample_aspect_ratio)
+        matrix = first.side_data.get(SideData.DISPLAYMATRIX)  # asked of every frame, it would keep them all in memory
+        self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
+
+    def filters(self, frame: av.VideoFrame) -> av.filter.Graph:
+        "FFmpeg's filters for frames of this size and format: those that its command-line tool uses."
+        kind = frame.width, frame.height, frame.format.name
+        if kind not in self.graphs:
+            graph = self.graphs[kind] = av.filter.Graph()
+            graph.threads = 1
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.unit)
+            scale = graph.add("scale", f"{self.width}:{self.height}:flags=bicubic")
+            graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        return self.graphs[kind]
 
     def show(self, frame: av.VideoFrame) -> np.ndarray:  # uint8 `h w 3`
         "A frame as a player shows it."
-        if self.size is None:
-            self.size = square_size(frame.width, frame.height, self.stream.sample_aspect_ratio)
-            matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # of each frame, it would keep all frames in memory
-            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
-        how = {} if self.size == (frame.width, frame.height) else dict(interpolation="BICUBIC")
-        plane = self.reformatter.reformat(frame, *self.size, format="rgb24", **how).planes[0]
-        picture = np.ndarray((*self.size[::-1], 3), np.uint8, plane, strides=(plane.line_size, 3, 1))  # without a copy
+        graph = self.filters(frame)
+        graph.vpush(frame)
+        plane = graph.vpull().planes[0]
+        picture = np.ndarray((self.height, self.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))  # no copy
         return turned(picture, self.matrix)
 
 # %% ../../nbs/media/decoding.ipynb #decoding-21
 class FrameIndex(NamedTuple):
     "The frames of a video in the order in which they are shown."
     times: np.ndarray    # Second at which each begins
-    decoded: np.ndarray  # Which decoded frame each one is; AVI repeats some
-    numbers: dict        # Number by time stamp in the unit of the file; empty if frames are counted
-    keys: list           # Numbers of the frames from which decoding can begin
+    end: float | None    # Second at which the last one ends; None: not known
+    decoded: np.ndarray  # Number of the decoded frame that each one shows: 0, 1, 2 …, but for AVI with empty chunks
+    numbers: dict        # Number of a decoded frame by its time stamp; empty if decoded frames are counted
+    keys: list           # Numbers of the decoded frames from which decoding can begin
 
 # %% ../../nbs/media/decoding.ipynb #decoding-22
 LEAP = 10.0  # Seconds; ffmpeg's dts_delta_threshold
@@ -114,8 +124,13 @@ def steady_times(
     step: float,      # Seconds of a frame at the stream's rate
     leaps: bool,      # Whether the format allows for leaps
 ) -> np.ndarray:      # Seconds, increasing
-    "Times of frames without steps back, or leaps that only a joined file has."
-    steady, shift = [], 0.0
+    """Times of frames without steps back, or leaps that only a joined file has.
+
+    A part whose times are mended is shifted as a whole, so that its first frame follows the frame before it.
+    """
+    known = np.diff([time for time in times if time is not None])
+    step = float(np.median(known[known > 0])) if (known > 0).any() else step
+    steady, shift = [], 0.0  # what is added to the times of the current part
     for time in times:
         last = steady[-1] if steady else (time or 0.0) - step
         moved = last + step if time is None else time + shift
@@ -132,14 +147,17 @@ def chunk_index(
     step: float,     # Seconds of a chunk
 ) -> FrameIndex:
     "Index of an AVI: each chunk shows a frame, an empty one that of a neighbour."
-    places = []
+    if not chunks:
+        return FrameIndex(np.zeros(0), None, np.zeros(0, int), {}, [0])
+    places, first = [], chunks[0] or 0
     for chunk in chunks:
         after = places[-1] + 1 if places else 0
-        first = chunks[0] or 0
         places.append(after if chunk is None else max(after, chunk - first))
-    starts = [place - (i > 0 and place > places[i - 1] + 1) for i, place in enumerate(places)]
-    slots = np.arange(places[-1] + 1 if places else 0)
-    return FrameIndex(slots * step, np.searchsorted(starts, slots, side="right") - 1, {}, [0])
+    empty = np.diff(places, prepend=-1) - 1  # chunks before each frame
+    starts = places - (empty > 0)  # a frame already shows in the last empty chunk before it
+    more = sorted(np.maximum(empty - 1, 0)[-3:])[1] if len(places) > 2 else 0  # ffmpeg's guess for the last frame
+    slots = np.arange(places[-1] + 1 + more)
+    return FrameIndex(slots * step, len(slots) * step, np.searchsorted(starts, slots, side="right") - 1, {}, [0])
 
 # %% ../../nbs/media/decoding.ipynb #decoding-26
 def index_by_decoding(
@@ -150,8 +168,12 @@ def index_by_decoding(
         step = 1 / float(stream.guessed_rate or stream.average_rate or 25)
         if file.format.name == "avi":
             return chunk_index([frame.dts for frame in file.decode(stream)], step)
-        times = steady_times([frame.time for frame in file.decode(stream)], step, file.format.name in LEAPING)
-    return FrameIndex(times, np.arange(len(times)), {}, [0])
+        times, last = [], None
+        for last in file.decode(stream):
+            times.append(last.time)
+        steady = steady_times(times, step, file.format.name in LEAPING)
+        end = steady[-1] + float(last.duration * last.time_base) if times and last.duration else None
+    return FrameIndex(steady, end, np.arange(len(times)), {}, [0])
 
 # %% ../../nbs/media/decoding.ipynb #decoding-27
 def index_by_packets(
@@ -162,55 +184,70 @@ def index_by_packets(
         if file.format.name in ("avi", "mpeg"):
             return None
         packets = [p for p in file.demux(stream) if p.size and not p.is_discard]
-        stamps, unit = [(p.pts, p.is_keyframe) for p in packets], stream.time_base
-        steps = np.diff([p.dts for p in packets if p.dts is not None]) * float(unit)
-        leaps = file.format.name in LEAPING
+        unit, leaps = float(stream.time_base), file.format.name in LEAPING
+        steps = np.diff([p.dts for p in packets if p.dts is not None]) * unit
+        ends = {p.pts: p.pts + p.duration for p in packets if p.pts is not None and p.duration}
+        stamps = [(p.pts, p.is_keyframe) for p in packets]
     known = {pts for pts, _ in stamps}
-    if not stamps or None in known or len(known) < len(stamps) or (steps < 0).any() or leaps and (steps > LEAP).any():
+    is_clear = stamps and None not in known and len(known) == len(stamps)
+    if not is_clear or (steps < 0).any() or leaps and (steps > LEAP).any():
         return None
     numbers = {pts: i for i, pts in enumerate(sorted(known))}
     keys = sorted({0} | {numbers[pts] for pts, key in stamps if key})
-    return FrameIndex(np.array(list(numbers)) * float(unit), np.arange(len(numbers)), numbers, keys)
+    end = ends.get(max(known))
+    return FrameIndex(np.array(list(numbers)) * unit, end and end * unit, np.arange(len(numbers)), numbers, keys)
 
 # %% ../../nbs/media/decoding.ipynb #decoding-31
-def advance(
-    decoded: Iterator,
-    index: FrameIndex,
-    wanted: int,        # Number of the wanted frame
-    number: int,        # Of the frame before
-) -> tuple:             # Frame, its number
-    "Decode up to a frame; what comes out is later than it, or earlier, where the file does not keep its word."
-    frame = None
-    for frame in decoded:
-        number = index.numbers.get(frame.pts, number) if index.numbers else number + 1
-        if number >= wanted:
-            break
-    return frame, number
+class Decoder:
+    "Decodes a video, forwards and by leaps; `frame` is the last decoded frame, `number` its number."
+
+    def __init__(self, file: av.container.InputContainer, stream: av.VideoStream, index: FrameIndex):
+        self.file, self.stream, self.index = file, stream, index
+        self.stamps, self.frames = list(index.numbers), file.decode(stream)
+        self.frame, self.number = None, -1
+        self.step()
+
+    def step(self) -> bool:  # Whether there is one
+        "Decode the next frame."
+        frame = next(self.frames, None)
+        if frame is None:
+            return False
+        self.frame, numbers = frame, self.index.numbers
+        self.number = numbers.get(frame.pts, self.number) if numbers else self.number + 1
+        return True
+
+    def find(self, wanted: int) -> av.VideoFrame | None:  # None: it does not come out
+        "Decode a frame that is not before the last one."
+        key = self.index.keys[np.searchsorted(self.index.keys, wanted, side="right") - 1]
+        if key > self.number + 1:  # skip frames that are not wanted
+            self.file.seek(self.stamps[key], stream=self.stream)
+            self.frames = self.file.decode(self.stream)
+            self.step()
+        while self.number < wanted and self.step():
+            pass
+        return self.frame if self.number == wanted else None
 
 # %% ../../nbs/media/decoding.ipynb #decoding-32
 def decode(
     path: Path,
     index: FrameIndex,
-    wanted: list[int],           # Numbers of frames in any order, also repeated
+    wanted: list[int],            # Numbers of shown frames in any order, also repeated
     fit: Callable | None = None,  # Applied to each picture `h w 3`
-) -> np.ndarray | None:          # uint8 `t h w 3`
+) -> np.ndarray | None:           # uint8 `t h w 3`
     "Frames of a video as they are shown; None if one of them does not come out."
-    pixels, number, wanted = None, -1, index.decoded[wanted]
+    pixels, sources = None, index.decoded[wanted]
     with open_video(path) as (file, stream):
-        screen, decoded, stamps = Screen(stream), file.decode(stream), list(index.numbers)
-        for i in sorted(set(wanted.tolist())):
-            key = index.keys[np.searchsorted(index.keys, i, side="right") - 1]
-            if key > number + 1:  # skip frames that are not wanted
-                file.seek(stamps[key], stream=stream)
-                decoded = file.decode(stream)
-            frame, number = advance(decoded, index, i, number)
-            if frame is None or number != i:
+        decoder = Decoder(file, stream, index)
+        screen = decoder.frame and Screen(stream, decoder.frame)
+        for source in sorted(set(sources.tolist())):
+            frame = decoder.find(source)
+            if frame is None:
                 return None
             picture = screen.show(frame)
             picture = fit(picture) if fit else picture
             if pixels is None:
-                pixels = np.empty((len(wanted), *picture.shape), np.uint8)
-            pixels[wanted == i] = picture
+                pixels = np.empty((len(sources), *picture.shape), np.uint8)
+            pixels[sources == source] = picture
     return pixels
 
 # %% ../../nbs/media/decoding.ipynb #decoding-36
@@ -241,7 +278,7 @@ def damage_named(
 
 def read_frames(
     path: Path,
-    choose: Callable,             # Seconds at which the frames begin to the numbers of those to read
+    choose: Callable,             # `(times, end)`, seconds as of `FrameIndex`, to the numbers of the frames to read
     fit: Callable | None = None,  # Applied to each picture `h w 3`
 ) -> np.ndarray:                  # uint8 `t h w 3`
     "Frames of a video file as a player shows them; ValueError if it cannot be decoded."
@@ -249,7 +286,7 @@ def read_frames(
         for index in indices(path):
             if not len(index.times):
                 raise ValueError(f"{path} {NO_FRAMES}: fetch or make it again")
-            pixels = decode(path, index, choose(index.times), fit)
+            pixels = decode(path, index, choose(index.times, end=index.end), fit)
             if pixels is not None:
                 return pixels
         raise IndexError("a frame is missing")
@@ -258,7 +295,7 @@ def read_frames(
 class VideoFacts(NamedTuple):
     "What is known of a video after decoding all of it."
     frames: int
-    fps: float   # At the file's word; 0: it says none
+    fps: float   # Its average, as the file says; 0: it does not say
     height: int  # As it is shown
     width: int
 
@@ -269,9 +306,8 @@ def video_facts(
     "Number of frames, rate and size of a video, decoded to its end a frame at a time; ValueError as of `read_frames`."
     seen, shape = 0, ()
     with damage_named(path), open_video(path) as (file, stream):
-        screen = Screen(stream)
         for frame in file.decode(stream):
-            shape, seen = shape or screen.show(frame).shape, seen + 1
+            shape, seen = shape or Screen(stream, frame).show(frame).shape, seen + 1
         rate = float(stream.average_rate or 0)
         is_avi = file.format.name == "avi"
     if not seen:

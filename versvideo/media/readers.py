@@ -70,6 +70,8 @@ def decord_fault(
         kind = file.format.name.split(",")[0]
         if kind not in RIGHT_FORMATS or not index.numbers and kind != "avi":
             return f"finds other frames in {file.format.long_name or kind} files, or files whose times are not in order"
+        if kind == "avi" and stream.codec_context.has_b_frames:
+            return "finds other frames in AVI files with B-frames"
         if square_size(stream.width, stream.height, stream.sample_aspect_ratio) != (stream.width, stream.height):
             return "does not make pixels square"
         matrix = next(file.decode(stream)).side_data.get(SideData.DISPLAYMATRIX)
@@ -98,7 +100,7 @@ def read_by_decord(
 ) -> np.ndarray:                  # uint8 `t h w 3`
     """The frames that `read_frames` gives, decoded by decord; ValueError where it would give others, or cannot read.
 
-    The first frame is compared with that of PyAV.
+    The first and the last wanted frame are compared with those of PyAV. decord keeps several frames in memory.
     """
     decord, remedy = need_decord(), "leave reader='decord' out for this file"
     with damage_named(path):
@@ -106,13 +108,14 @@ def read_by_decord(
         fault = decord_fault(path, index)
     if fault:
         raise ValueError(f"{path} cannot be read with decord, which {fault}: {remedy}")
-    wanted = choose(index.times)
+    wanted = choose(index.times, end=index.end)
     try:
         video = decord.VideoReader(str(path.absolute()), num_threads=1)
         if len(video) != len(index.times):
             raise ValueError(f"{path} has {len(index.times)} frames and decord finds {len(video)}: {remedy}")
-        if not np.array_equal(video.get_batch(wanted[:1]).asnumpy(), decode(path, index, wanted[:1])):
-            raise ValueError(f"{path} gives another frame with decord, perhaps of another stream: {remedy}")
+        ends = [wanted[0], wanted[-1]]
+        if not np.array_equal(video.get_batch(ends).asnumpy(), decode(path, index, ends)):
+            raise ValueError(f"{path} gives other frames with decord, perhaps of another stream or size: {remedy}")
         pictures = (video.get_batch([i]).asnumpy()[0] for i in wanted)
         return np.stack([fit(picture) if fit else picture for picture in pictures])
     except (decord.DECORDError, IndexError) as error:
