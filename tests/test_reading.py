@@ -37,6 +37,20 @@ def test_every_kind_of_file_is_read_as_ffmpeg_reads_it(files):
         assert np.abs(ours.astype(int) - theirs).mean() < 1, name
 
 
+def test_the_first_frame_of_the_file_gives_size_and_turn(files):
+    resized = files["resized.ts"].path
+    whole = read_video(resized)
+    for choice in (dict(frames=1), dict(frames=1, stride=1, start=0.9), dict(frames=2, stride=3, start=0.5)):
+        assert read_video(resized, **choice).shape[2:] == whole.shape[2:]
+    assert read_video(resized, 1, 1, start=0.9).equal(whole[:, 7:])
+
+
+def test_a_long_last_frame_is_shown_to_its_end(tmp_path):
+    times = [0, 1, 2, 3, 11]
+    film = encode(tmp_path / "slow.mkv", {("libx264", 0): grey_frames(range(5))}, times=times)
+    assert read_video(film, fps=8).shape[1] == 12
+
+
 def test_a_frame_for_every_moment_where_times_are_mended(files):
     for name in ("again.ts", "leap.ts", "raw.h264", "holes.avi"):
         assert read_video(files[name].path, fps=8).shape[1] == len(files[name].frames), name

@@ -111,7 +111,7 @@ def short_name(
     more: int = 0,  # Bytes that are still to be added
 ) -> str:
     "A name that fits with what is added to it; a longer one is cut between two characters and ends in a checksum."
-    data, most = name.encode(), NAME_BYTES - more
+    data, most = os.fsencode(name), NAME_BYTES - more
     if len(data) <= most:
         return name
     return data[:most - 9].decode(errors="ignore") + "-" + hashlib.sha256(data).hexdigest()[:8]

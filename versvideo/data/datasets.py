@@ -21,19 +21,30 @@ def is_sheet(content) -> bool:
     "Whether the content of a JSON is that of MSR-VTT."
     return isinstance(content, dict) and {"videos", "sentences"} <= content.keys()
 
-
+# %% ../../nbs/data/datasets.ipynb #datasets-07
 def find_sheets(
     folder: Path,    # Searched with all its subfolders
 ) -> dict:           # File name to what it holds
-    "The JSON files of MSR-VTT; ValueError for a damaged JSON, FileNotFoundError if there is none of MSR-VTT."
-    sheets = {path.name: read_json(path) for path in files_below(folder) if path.suffix == ".json"}
-    found = {name: sheet for name, sheet in sheets.items() if is_sheet(sheet)}
+    "The JSON files of MSR-VTT; FileNotFoundError if there is none, ValueError if what there is is damaged."
+    found, damaged = {}, []
+    for path in files_below(folder):
+        if path.suffix.lower() != ".json":
+            continue
+        try:
+            sheet = read_json(path)
+        except ValueError as error:
+            damaged.append(error)
+            continue
+        if is_sheet(sheet):
+            found[path.name] = sheet
+    if damaged and not found:
+        raise damaged[0]
     if not found:
         raise FileNotFoundError(f"{folder} holds no JSON with videos and sentences: MSR-VTT comes with one, "
                                 "for example test_videodatainfo.json")
     return found
 
-# %% ../../nbs/data/datasets.ipynb #datasets-09
+# %% ../../nbs/data/datasets.ipynb #datasets-10
 def captions_of(
     sheets: list[dict],  # Of MSR-VTT, with `sentences`
 ) -> dict:               # Id of a video to its clean captions, without empty ones
@@ -42,12 +53,12 @@ def captions_of(
     for sheet in sheets:
         known = set(captions)
         for row in sheet["sentences"]:
-            text = clean_caption(row["caption"])
+            text = clean_caption(row["caption"]) if isinstance(row["caption"], str) else ""
             if text and row["video_id"] not in known:
                 captions.setdefault(row["video_id"], []).append(text)
     return captions
 
-# %% ../../nbs/data/datasets.ipynb #datasets-12
+# %% ../../nbs/data/datasets.ipynb #datasets-13
 def read_msrvtt(
     folder: str | Path,   # With the JSON and the videos, in any subfolder
     split: str = "test",  # test, train or validate
@@ -64,7 +75,7 @@ def read_msrvtt(
     if not ids:
         raise ValueError(f"split={split!r}: {', '.join(sheets)} know no video of it; "
                          f"they have {', '.join(sorted({row['split'] for row in rows}))}")
-    files = {path.stem: path for path in files_below(folder) if path.suffix == ".mp4"}
+    files = {path.stem: path for path in files_below(folder) if path.suffix.lower() == ".mp4"}
     captions = captions_of(list(sheets.values()))
     ids = sorted(ids, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
     silent = [name for name in ids if name not in captions]
@@ -76,20 +87,20 @@ def read_msrvtt(
         raise FileNotFoundError(f"{folder} holds none of the {len(ids)} videos of {split}")
     return found
 
-# %% ../../nbs/data/datasets.ipynb #datasets-17
+# %% ../../nbs/data/datasets.ipynb #datasets-18
 @cache
 def class_sentences() -> dict:  # Class of UCF-101 to a sentence
     "What is to be seen in a video of each class of UCF-101, in one sentence."
     return json.loads((resources.files("versvideo.data") / "sentences.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/data/datasets.ipynb #datasets-20
+# %% ../../nbs/data/datasets.ipynb #datasets-21
 def class_words(
     label: str,  # Class of UCF-101, TableTennisShot
 ) -> str:        # table tennis shot
     "The name of a class as words."
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label).lower()
 
-# %% ../../nbs/data/datasets.ipynb #datasets-23
+# %% ../../nbs/data/datasets.ipynb #datasets-24
 def read_ucf101(
     folder: str | Path,         # With a folder for each class, in any subfolder
     split: str = "train+test",  # train or test, of the first of the three lists, or both
@@ -97,7 +108,7 @@ def read_ucf101(
     "Read UCF-101; ValueError for another split, FileNotFoundError if the videos or the list of the split are missing."
     folder = check_folder(folder)
     pick(dict.fromkeys(("train", "test", "train+test")), split, "split")
-    files = {f"{path.parent.name}/{path.name}": path for path in files_below(folder) if path.match("v_*.avi")}
+    files = {f"{path.parent.name}/{path.name}": path for path in files_below(folder) if path.match("v_*.[aA][vV][iI]")}
     if split != "train+test":
         lists = [path for path in files_below(folder) if path.name == f"{split}list01.txt"]
         if not lists:

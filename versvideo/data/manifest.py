@@ -135,7 +135,7 @@ def has_sheet(
 ) -> bool:
     "Whether a JSON of MSR-VTT is among some files; one with the name of a video is that video's own."
     named = {path.with_suffix("") for path in files if path.suffix.lower() in MEDIA_SUFFIXES}
-    for path in [path for path in files if path.suffix == ".json" and path.with_suffix("") not in named][:20]:
+    for path in [path for path in files if path.suffix.lower() == ".json" and path.with_suffix("") not in named][:20]:
         try:
             if is_sheet(read_json(path)):
                 return True
@@ -153,7 +153,7 @@ def read_set(
     if not source.is_dir():
         return read_manifest(source)
     files = files_below(source)
-    if any(path.match("v_*_g[0-9][0-9]_c[0-9][0-9].avi") for path in files):
+    if any(path.match("v_*_g[0-9][0-9]_c[0-9][0-9].[aA][vV][iI]") for path in files):
         return read_ucf101(source, split)
     if has_sheet(files):
         return read_msrvtt(source, split)

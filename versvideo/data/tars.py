@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from .entries import PICTURE_SUFFIXES, Entry, files_below, warn_left_out
-from .tables import read_sidecar
+from .tables import composed, read_sidecar
 from ..media.video import is_companion
 
 # %% ../../nbs/data/tars.ipynb #tars-06
@@ -72,7 +72,7 @@ def bytes_in_tar(
     path: str | Path,     # A file, or a member as tar/name
 ) -> bytes | None:        # None if no part of the path is a tar
     "The content of a tar member; FileNotFoundError if it does not exist, ValueError if the tar cannot be read."
-    tar = next((parent for parent in Path(path).parents if parent.suffix == ".tar" and parent.is_file()), None)
+    tar = next((parent for parent in Path(path).parents if parent.suffix.lower() == ".tar" and parent.is_file()), None)
     if tar is None:
         return None
     members = cached_members(tar, tar.stat().st_mtime_ns)
@@ -84,12 +84,16 @@ def bytes_in_tar(
 # %% ../../nbs/data/tars.ipynb #tars-20
 def _tar_entries(tar: Path) -> tuple:  # Entries, names of pictures whose captions are no texts
     "Every picture of a tar, with or without a caption; errors as of `tar_members`."
+    def key(name, suffix):
+        return name.parent, composed(name.stem), suffix
+
     members, entries, odd = tar_members(tar), [], []
+    sidecars = {key(name, name.suffix.lower()): str(name) for name in map(PurePosixPath, members)}
     for name in map(PurePosixPath, members):
         if name.suffix.lower() in PICTURE_SUFFIXES and not is_companion(name):
-            beside = (read_member(tar, members, str(name.with_suffix(suffix))) for suffix in (".txt", ".json"))
+            beside = [sidecars.get(key(name, suffix), "") for suffix in (".txt", ".json")]
             try:
-                entries.append(Entry(tar / name, **read_sidecar(*beside)))
+                entries.append(Entry(tar / name, **read_sidecar(*(read_member(tar, members, one) for one in beside))))
             except ValueError as error:
                 odd.append(f"{tar.name}/{name} ({error})")
     return entries, odd
@@ -102,7 +106,7 @@ def read_image_shards(
 
     A warning names tars that cannot be read and pictures without a caption; FileNotFoundError if no picture is left.
     """
-    tars, entries, odd, bad = [path for path in files_below(folder) if path.suffix == ".tar"], [], [], []
+    tars, entries, odd, bad = [path for path in files_below(folder) if path.suffix.lower() == ".tar"], [], [], []
     for tar in tars:
         try:
             of_tar = _tar_entries(tar)

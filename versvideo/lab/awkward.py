@@ -25,7 +25,7 @@ def grey_frames(
     "Frames with these numbers as their brightness."
     return [np.full((size[1], size[0], 3), 8 * number + 8, np.uint8) for number in numbers]
 
-
+# %% ../../nbs/lab/awkward.ipynb #awkward-07
 def encode(
     path: Path,
     tracks: dict,  # Codec and number of a track to its frames, as ("libx264", 0)
@@ -55,7 +55,7 @@ def encode(
             file.mux(stream.encode())
     return path
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-08
+# %% ../../nbs/lab/awkward.ipynb #awkward-09
 def with_matrix(
     source: Path,  # An .mp4
     path: Path,
@@ -69,7 +69,7 @@ def with_matrix(
     path.write_bytes(data)
     return path
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-10
+# %% ../../nbs/lab/awkward.ipynb #awkward-11
 @dataclass
 class Awkward:
     "A file and what a player shows of it."
@@ -77,7 +77,7 @@ class Awkward:
     frames: list  # uint8 `h w 3`
     about: str    # What is awkward
 
-
+# %% ../../nbs/lab/awkward.ipynb #awkward-12
 def turned_files(folder: Path) -> list[Awkward]:
     "A picture of four colours, stored in one way and shown in another."
     stored = np.zeros((64, 96, 3), np.uint8)
@@ -90,7 +90,7 @@ def turned_files(folder: Path) -> list[Awkward]:
     return [Awkward(with_matrix(plain, folder / f"{name}.mp4", *signs), [picture] * 4, f"display matrix, {name}")
             for name, (signs, picture) in shown.items()]
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-11
+# %% ../../nbs/lab/awkward.ipynb #awkward-13
 def disc(
     width: int,
     height: int,
@@ -101,7 +101,7 @@ def disc(
     inside = np.hypot((x - width / 2) * pixel, y - height / 2) < 0.3 * height
     return np.repeat(255 * inside[:, :, None], 3, 2).astype(np.uint8)
 
-
+# %% ../../nbs/lab/awkward.ipynb #awkward-14
 def anamorphic_files(folder: Path) -> list[Awkward]:
     "A disc in pixels that are not square, as cameras and broadcasts have them."
     kinds = {
@@ -112,7 +112,7 @@ def anamorphic_files(folder: Path) -> list[Awkward]:
                     [disc(round(w * ratio), h)] * 2, f"pixels {ratio} as wide as high")
             for name, (codec, w, h, ratio) in kinds.items()]
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-12
+# %% ../../nbs/lab/awkward.ipynb #awkward-15
 def track_files(folder: Path) -> list[Awkward]:
     "The video is not the first track."
     video, small = grey_frames(range(8), (96, 64)), grey_frames([20] * 8)
@@ -124,7 +124,7 @@ def track_files(folder: Path) -> list[Awkward]:
         Awkward(encode(folder / "tracks.mp4", tracks, dispositions=(none, default)), video, "second of two tracks"),
     ]
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-13
+# %% ../../nbs/lab/awkward.ipynb #awkward-16
 def timed_files(folder: Path) -> list[Awkward]:
     "Times that start again, leap, or are missing; chunks that show the frame before."
     grey = grey_frames(range(24))
@@ -141,7 +141,7 @@ def timed_files(folder: Path) -> list[Awkward]:
         Awkward(holes, [*grey[:6], *grey[5:6] * 11, grey[18], *grey[18:]], "empty chunks"),
     ]
 
-
+# %% ../../nbs/lab/awkward.ipynb #awkward-17
 def coded_files(folder: Path) -> list[Awkward]:
     "Frames that depend on a later key frame, and a size that changes in the middle."
     grey, wide, tall = grey_frames(range(24)), grey_frames([9] * 4, (96, 64)), grey_frames([9] * 4, (64, 96))
@@ -154,7 +154,7 @@ def coded_files(folder: Path) -> list[Awkward]:
         Awkward(folder / "resized.ts", wide * 2, "the size changes"),
     ]
 
-# %% ../../nbs/lab/awkward.ipynb #awkward-14
+# %% ../../nbs/lab/awkward.ipynb #awkward-18
 def awkward_files(
     folder: Path,  # Where they are written
 ) -> list[Awkward]:
@@ -162,7 +162,7 @@ def awkward_files(
     kinds = (turned_files, anamorphic_files, track_files, timed_files, coded_files)
     return [file for kind in kinds for file in kind(folder)]
 
-
+# %% ../../nbs/lab/awkward.ipynb #awkward-19
 def share_right(
     read: Callable,  # Path to uint8 `t h w 3`
     file: Awkward,

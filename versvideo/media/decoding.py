@@ -275,7 +275,7 @@ def damage_named(
                          f"for example with ffmpeg -i {path.name} converted.mp4, "
                          "which leaves damaged frames out") from error
 
-
+# %% ../../nbs/media/decoding.ipynb #decoding-38
 def read_frames(
     path: Path,
     choose: Callable,             # `(times, end)`, seconds as of `FrameIndex`, to the numbers of the frames to read
@@ -291,7 +291,7 @@ def read_frames(
                 return pixels
         raise IndexError("a frame is missing")
 
-# %% ../../nbs/media/decoding.ipynb #decoding-39
+# %% ../../nbs/media/decoding.ipynb #decoding-40
 class VideoFacts(NamedTuple):
     "What is known of a video after decoding all of it."
     frames: int
@@ -299,7 +299,7 @@ class VideoFacts(NamedTuple):
     height: int  # As it is shown
     width: int
 
-
+# %% ../../nbs/media/decoding.ipynb #decoding-41
 def video_facts(
     path: Path,
 ) -> VideoFacts:

@@ -29,7 +29,7 @@ def reader_name(
     "Which reader is meant; ValueError for another name."
     return pick({name: name for name in READERS}, reader or os.environ.get(VARIABLE) or "pyav", "reader")
 
-
+# %% ../../nbs/media/readers.ipynb #readers-07
 def use_reader(
     reader: str,  # Of `READERS`; empty changes nothing
 ) -> str:         # Which one is in use now
@@ -39,7 +39,7 @@ def use_reader(
         os.environ[VARIABLE] = name
     return name
 
-# %% ../../nbs/media/readers.ipynb #readers-09
+# %% ../../nbs/media/readers.ipynb #readers-10
 RIGHT_FORMATS = {"mov", "matroska", "flv", "asf", "avi"}  # Of decord, as far as was tried
 
 
@@ -58,7 +58,7 @@ def has_leading_frames(
             return True
     return False
 
-# %% ../../nbs/media/readers.ipynb #readers-10
+# %% ../../nbs/media/readers.ipynb #readers-11
 def decord_fault(
     path: Path,
     index: FrameIndex,  # Of the file
@@ -82,7 +82,7 @@ def decord_fault(
         is_open = has_leading_frames(file, stream)
     return "finds other frames near key frames that earlier frames depend on" if is_open else ""
 
-# %% ../../nbs/media/readers.ipynb #readers-11
+# %% ../../nbs/media/readers.ipynb #readers-12
 def need_decord():  # The module decord
     "Import decord; ImportError saying how to install it."
     try:
@@ -92,7 +92,7 @@ def need_decord():  # The module decord
     decord.logging.set_level(decord.logging.FATAL)
     return decord
 
-# %% ../../nbs/media/readers.ipynb #readers-12
+# %% ../../nbs/media/readers.ipynb #readers-13
 def read_by_decord(
     path: Path,
     choose: Callable,             # As of `read_frames`

@@ -185,7 +185,7 @@ def _picture_named(path: Path) -> Iterator[None]:
         kind = path.suffix[1:].upper()
         raise ValueError(f"{path} cannot be read as {kind}: it is damaged or of another format") from error
 
-
+# %% ../../nbs/media/video.ipynb #video-36
 def _read_pictures(
     path: Path,
     choose: Callable,             # Times at which the frames begin, and the end, to the numbers of those to read
@@ -203,7 +203,7 @@ def _read_pictures(
             found[i] = fit(picture) if fit else picture
     return np.stack([found[i] for i in wanted])
 
-# %% ../../nbs/media/video.ipynb #video-40
+# %% ../../nbs/media/video.ipynb #video-41
 def _check_choice(frames: int | None, stride: int | None, fps: float | None, start: float = 0.0) -> None:
     "ValueError for arguments of `read_video` that choose no frames, or choose them twice."
     if not all(x is None or isinstance(x, (int, np.integer)) and x >= 1 for x in (frames, stride)):
@@ -215,14 +215,14 @@ def _check_choice(frames: int | None, stride: int | None, fps: float | None, sta
     if not 0 <= start < 1 or start and (stride is None or frames is None):
         raise ValueError(f"{start=}, {stride=}, {frames=}: give a number from 0 to below 1, with a stride and frames")
 
-# %% ../../nbs/media/video.ipynb #video-42
+# %% ../../nbs/media/video.ipynb #video-43
 def _is_picture(path: Path) -> bool:
     "Whether PIL reads a file, by its first bytes: a GIF, a WebP or a PNG, moving or not."
     with open(path, "rb") as file:
         head = file.read(12)
     return head[:4] in (b"GIF8", b"\x89PNG") or head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
-
+# %% ../../nbs/media/video.ipynb #video-44
 def _existing_file(path: str | Path) -> Path:
     "The path; FileNotFoundError for a folder or for nothing."
     path = Path(path)
@@ -232,13 +232,13 @@ def _existing_file(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path} does not exist: check the path")
     return path
 
-
+# %% ../../nbs/media/video.ipynb #video-45
 def _fit_picture(picture: np.ndarray, fit: Callable) -> np.ndarray:
     "Apply a function of a frame `3 1 h w` to a picture `h w 3`."
     frame = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[:, None]
     return fit(frame)[:, 0].permute(1, 2, 0).numpy()
 
-
+# %% ../../nbs/media/video.ipynb #video-46
 def read_video(
     path: str | Path,            # A video file, or an animated GIF, WebP or PNG
     frames: int | None = None,   # Number of evenly spaced frames; None: all frames
@@ -278,7 +278,7 @@ def read_video(
     read = _read_pictures if _is_picture(path) else read
     return torch.from_numpy(read(path, choose, fit and partial(_fit_picture, fit=fit))).permute(3, 0, 1, 2)
 
-# %% ../../nbs/media/video.ipynb #video-43
+# %% ../../nbs/media/video.ipynb #video-47
 def read_facts(
     path: str | Path,  # As of `read_video`
 ) -> VideoFacts:       # Frames, fps, height, width
@@ -292,7 +292,7 @@ def read_facts(
         rate = len(numbers) / seconds if len(numbers) > 1 else 0.0
         return VideoFacts(len(numbers), rate, *picture_tensor(file).shape[1:])
 
-# %% ../../nbs/media/video.ipynb #video-72
+# %% ../../nbs/media/video.ipynb #video-76
 def read_clip(
     path: str | Path,            # A video
     size: tuple[int, int, int],  # `(t, h, w)`; `t` is the largest number of frames
@@ -302,7 +302,7 @@ def read_clip(
     "First seconds of a video at a steady rate, cut to a size; errors as of `read_video`."
     return read_video(path, frames=size[0], fps=fps, fit=partial(cover, size=size[1:]), reader=reader)
 
-# %% ../../nbs/media/video.ipynb #video-76
+# %% ../../nbs/media/video.ipynb #video-80
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webp", ".apng", ".webm", ".mov", ".avi", ".mkv", ".m4v", ".mpg", ".mpeg", ".wmv",
                   ".ts", ".mts", ".m2ts", ".vob", ".3gp", ".flv", ".ogv")
 
@@ -311,19 +311,19 @@ def is_companion(path: PurePath) -> bool:
     "Whether a file is what macOS leaves beside another one on foreign disks: `._clip.mp4`."
     return path.name.startswith("._")
 
-
+# %% ../../nbs/media/video.ipynb #video-81
 def videos_in(folder: Path) -> list[Path]:
     "The videos of a folder, sorted; subfolders are not searched."
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and not is_companion(p))
 
-# %% ../../nbs/media/video.ipynb #video-78
+# %% ../../nbs/media/video.ipynb #video-83
 class FolderClips(NamedTuple):
     "Clips of one size, the names of their files, and the files that could not be used."
     clips: torch.Tensor  # uint8 `b 3 t h w`
     names: list[str]     # File names, in the order of `clips`
     bad: dict[str, str]  # File name to the reason why it was left out
 
-# %% ../../nbs/media/video.ipynb #video-79
+# %% ../../nbs/media/video.ipynb #video-84
 def read_folder(
     folder: str | Path,     # Folder of files with `VIDEO_SUFFIXES`; subfolders are not searched
     frames: int,            # Frames of each clip
@@ -349,7 +349,7 @@ def read_folder(
                          "give a folder of .mp4 files, or fewer frames")
     return FolderClips(torch.stack(list(clips.values())), list(clips), bad)
 
-# %% ../../nbs/media/video.ipynb #video-83
+# %% ../../nbs/media/video.ipynb #video-88
 def read_picture(
     path: str | Path,  # A picture in any format that PIL reads
 ) -> torch.Tensor:     # uint8 `3 h w`

@@ -300,7 +300,7 @@ def source_of(
     stored = WEIGHTS / name
     return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
 
-
+# %% ../../nbs/models/pretrained.ipynb #pretrained-58
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size

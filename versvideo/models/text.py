@@ -223,7 +223,7 @@ def _load_part(path, kind):
         raise OSError(f"{path} cannot be read ({error}): copy it again or train it anew") from error
     return part
 
-
+# %% ../../nbs/models/text.ipynb #text-43
 def load_clip(
     folder: str | Path,                  # What save_clip wrote
     dtype: torch.dtype = torch.float32,  # To compute in

@@ -181,8 +181,8 @@ def collect_edits(
             made = edit(clip)
             save(made, f"{short_name(name, len('-edit-beside.mp4'))}-edit")
             done.edits[path.name] = made
-        except ValueError as error:  # too short for a frame that is asked for
-            done.bad[path.name] = str(error)
+        except (ValueError, MemoryError, RuntimeError) as error:  # too short, or no memory left, also of a GPU
+            done.bad[path.name] = str(error) or "there was not enough memory"
         except OSError as error:
             done.bad[path.name] = f"{path.name} was edited, but not saved ({error.strerror or error})"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
