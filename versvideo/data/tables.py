@@ -188,7 +188,7 @@ def read_beside(
     def key(path, suffix):  # names as they are shown, whichever disk they come from
         return path.parent, composed(path.stem), suffix
 
-    def content(path, suffix):  # a page is not read to its end
+    def content(path, suffix):  # at most a page
         file = sidecars.get(key(path, suffix))
         return file and file.read_bytes()[:PAGE]
 

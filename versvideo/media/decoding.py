@@ -48,7 +48,7 @@ def open_video(
     with av.open(str(Path(path).absolute())) as file:
         stream = shown_stream(file)
         if stream is None:
-            raise ValueError(f"{path} {NO_VIDEO}: give a file with a video")
+            raise ValueError(f"{path} cannot be read as video: it {NO_VIDEO}")
         stream.thread_count = 1  # other processes use the other cores
         yield file, stream
 
@@ -83,7 +83,7 @@ class Screen:
     def __init__(self, stream: av.VideoStream, first: av.VideoFrame):
         self.unit, self.graphs = stream.time_base, {}
         self.width, self.height = square_size(first.width, first.height, stream.sample_aspect_ratio)
-        matrix = first.side_data.get(SideData.DISPLAYMATRIX)  # asked of every frame, it would keep them all in memory
+        matrix = first.side_data.get(SideData.DISPLAYMATRIX)  # reading it of every frame would keep all in memory
         self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
 
     def filters(self, frame: av.VideoFrame) -> av.filter.Graph:
@@ -199,7 +199,7 @@ def index_by_packets(
 
 # %% ../../nbs/media/decoding.ipynb #decoding-31
 class Decoder:
-    "Decodes a video, forwards and by leaps; `frame` is the last decoded frame, `number` its number."
+    "Decodes a video and seeks in it; `frame` is the last decoded frame, `number` its number."
 
     def __init__(self, file: av.container.InputContainer, stream: av.VideoStream, index: FrameIndex):
         self.file, self.stream, self.index = file, stream, index
@@ -216,7 +216,7 @@ class Decoder:
         self.number = numbers.get(frame.pts, self.number) if numbers else self.number + 1
         return True
 
-    def find(self, wanted: int) -> av.VideoFrame | None:  # None: it does not come out
+    def find(self, wanted: int) -> av.VideoFrame | None:  # None: the file lacks it
         "Decode a frame that is not before the last one."
         key = self.index.keys[np.searchsorted(self.index.keys, wanted, side="right") - 1]
         if key > self.number + 1:  # skip frames that are not wanted
@@ -234,7 +234,7 @@ def decode(
     wanted: list[int],            # Numbers of shown frames in any order, also repeated
     fit: Callable | None = None,  # Applied to each picture `h w 3`
 ) -> np.ndarray | None:           # uint8 `t h w 3`
-    "Frames of a video as they are shown; None if one of them does not come out."
+    "Frames of a video as they are shown; None if the file lacks one of them."
     pixels, sources = None, index.decoded[wanted]
     with open_video(path) as (file, stream):
         decoder = Decoder(file, stream, index)
@@ -285,7 +285,7 @@ def read_frames(
     with damage_named(path):
         for index in indices(path):
             if not len(index.times):
-                raise ValueError(f"{path} {NO_FRAMES}: fetch or make it again")
+                raise ValueError(f"{path} cannot be read as video: it {NO_FRAMES}; fetch or make it again")
             pixels = decode(path, index, choose(index.times, end=index.end), fit)
             if pixels is not None:
                 return pixels
@@ -311,5 +311,5 @@ def video_facts(
         rate = float(stream.average_rate or 0)
         is_avi = file.format.name == "avi"
     if not seen:
-        raise ValueError(f"{path} {NO_FRAMES}: fetch or make it again")
+        raise ValueError(f"{path} cannot be read as video: it {NO_FRAMES}; fetch or make it again")
     return VideoFacts(len(index_by_decoding(path).times) if is_avi else seen, rate, *shape[:2])

@@ -175,7 +175,7 @@ def _picture_seconds(file: Image.Image, number: int) -> float:
 
 # %% ../../nbs/media/video.ipynb #video-35
 @contextmanager
-def _picture_named(path: Path) -> Iterator[None]:
+def _name_damage(path: Path) -> Iterator[None]:
     "Turn whatever PIL raises for a damaged file into a ValueError with the name of the file."
     try:
         yield
@@ -192,11 +192,11 @@ def _read_pictures(
     fit: Callable | None = None,  # Applied to each picture `h w 3`
 ) -> np.ndarray:                  # uint8 `t h w 3`
     "Frames of an animated picture; ValueError if it cannot be read."
-    with _picture_named(path), Image.open(path) as file:
+    with _name_damage(path), Image.open(path) as file:
         numbers = range(int(file.info.get("default_image", False)), getattr(file, "n_frames", 1))
         times = np.cumsum([0, *(_picture_seconds(file, number) for number in numbers)])
     wanted, found = choose(times[:-1], end=times[-1]), {}
-    with _picture_named(path), Image.open(path) as file:
+    with _name_damage(path), Image.open(path) as file:
         for i in sorted(set(wanted)):
             file.seek(numbers[i])
             picture = picture_tensor(file).permute(1, 2, 0).numpy()
@@ -286,7 +286,7 @@ def read_facts(
     path = _existing_file(path)
     if not _is_picture(path):
         return video_facts(path)
-    with _picture_named(path), Image.open(path) as file:
+    with _name_damage(path), Image.open(path) as file:
         numbers = range(int(file.info.get("default_image", False)), getattr(file, "n_frames", 1))
         seconds = sum(_picture_seconds(file, number) for number in numbers)
         rate = len(numbers) / seconds if len(numbers) > 1 else 0.0
