@@ -349,7 +349,7 @@ def test_a_file_without_video(pipe, tmp_path):
         noise.sample_rate, noise.pts, noise.time_base = 8000, 0, Fraction(1, 8000)
         file.mux(sound.encode(noise))
         file.mux(sound.encode())
-    with pytest.raises(ValueError, match="not a video"):
+    with pytest.raises(ValueError, match="no video in it"):
         edit_files(pipe, path, "a red circle", tmp_path, (4, 32, 32), **FEW)
 
 
