@@ -153,7 +153,7 @@ XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
 	$(RUN) nbs/22_train_controlnet.ipynb --out results/h200/22_train_controlnet-styles2-XS-s2.ipynb \
-	    size=XS controlnet=results/22_train_controlnet-styles2-XS-s1/weights steps=1300 batch=32 workers=11 seed=2 \
+	    size=XS controlnet=results/22_train_controlnet-styles2-XS-s1/weights steps=1300 batch=32 workers=11 seed=2 style=0 \
 	    out=results/h200/22_train_controlnet-styles2-XS-s2
 	$(RUN) nbs/23_train_style.ipynb --out results/h200/23_train_style-styles2-XS-s3.ipynb \
 	    size=XS stage=captions even=True style_dropout=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \

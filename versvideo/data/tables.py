@@ -171,7 +171,7 @@ def read_sidecar(
     if words.startswith("{") and words.endswith("}"):  # a JSON by another name
         try:
             known |= json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         else:
             words = ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core.files import repo_path
 from ..core.notebooks import code_cells, declared_parameters
 from ..core.records import read_json
-from .results import RENAMED_PARAMETERS, drifted, fill_tables
+from .results import ADDED_PARAMETERS, RENAMED_PARAMETERS, drifted, fill_tables
 
 # %% ../../nbs/lab/maintain.ipynb #maintain-06
 PAGES = ("README.md", "results/README.md")  # With tables that are built from records
@@ -75,11 +75,15 @@ def recorded_parameters(
     record: Path,  # An executed notebook
 ) -> dict:
     "What papermill was given for a record, by today's names."
-    given = {}
+    given, declared = {}, set()
     for _, tags, source in code_cells(record):
         if "injected-parameters" in tags:
             given |= declared_parameters(source)
-    return {RENAMED_PARAMETERS.get(name, name): value for name, value in given.items()}
+        elif "parameters" in tags:
+            declared = set(declared_parameters(source))
+    added = ADDED_PARAMETERS.get(record.stem.partition("-")[0], {})
+    older = {name: value for name, value in added.items() if name not in declared}
+    return older | {RENAMED_PARAMETERS.get(name, name): value for name, value in given.items()}
 
 # %% ../../nbs/lab/maintain.ipynb #maintain-21
 def find_record(

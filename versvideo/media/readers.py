@@ -16,7 +16,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 
 from ..core.checks import pick
-from .decoding import FrameIndex, damage_named, decode, indices, open_video, square_size
+from .decoding import NO_FRAMES, FrameIndex, damage_named, decode, indices, open_video, square_size
 
 # %% ../../nbs/media/readers.ipynb #readers-06
 READERS = {"pyav": "frames as a player shows them", "decord": "faster in one process, refuses some files"}
@@ -105,6 +105,8 @@ def read_by_decord(
     decord, remedy = need_decord(), "leave reader='decord' out for this file"
     with damage_named(path):
         index = next(indices(path))
+        if not len(index.times):
+            raise ValueError(f"{path} cannot be read as video: it {NO_FRAMES}; fetch or make it again")
         fault = decord_fault(path, index)
     if fault:
         raise ValueError(f"{path} cannot be read with decord, which {fault}: {remedy}")

@@ -166,6 +166,11 @@ def _choose(
     return _spaced(len(times), frames, path, stride, start) if fps is None else _at_rate(times, fps, frames, end)
 
 # %% ../../nbs/media/video.ipynb #video-33
+def _numbers(file: Image.Image) -> range:
+    "Numbers of the frames of an animation, without a picture that is not part of it."
+    return range(int(file.info.get("default_image", False)), getattr(file, "n_frames", 1))
+
+
 def _picture_seconds(file: Image.Image, number: int) -> float:
     "Seconds for which a frame is shown."
     file.seek(number)
@@ -193,7 +198,7 @@ def _read_pictures(
 ) -> np.ndarray:                  # uint8 `t h w 3`
     "Frames of an animated picture; ValueError if it cannot be read."
     with _name_damage(path), Image.open(path) as file:
-        numbers = range(int(file.info.get("default_image", False)), getattr(file, "n_frames", 1))
+        numbers = _numbers(file)
         times = np.cumsum([0, *(_picture_seconds(file, number) for number in numbers)])
     wanted, found = choose(times[:-1], end=times[-1]), {}
     with _name_damage(path), Image.open(path) as file:
@@ -287,7 +292,7 @@ def read_facts(
     if not _is_picture(path):
         return video_facts(path)
     with _name_damage(path), Image.open(path) as file:
-        numbers = range(int(file.info.get("default_image", False)), getattr(file, "n_frames", 1))
+        numbers = _numbers(file)
         seconds = sum(_picture_seconds(file, number) for number in numbers)
         rate = len(numbers) / seconds if len(numbers) > 1 else 0.0
         return VideoFacts(len(numbers), rate, *picture_tensor(file).shape[1:])

@@ -169,7 +169,7 @@ def collect_edits(
 
     A full disk ends the work; what was saved before stays.
     """
-    done, stems = EditedFiles(), [path.stem for path in paths]
+    done, stems, names = EditedFiles(), [path.stem for path in paths], set()
     for path in paths:
         try:
             clip = read(path)
@@ -177,6 +177,8 @@ def collect_edits(
             done.bad[path.name] = str(error)
             continue
         name = path.stem if stems.count(path.stem) == 1 else path.name
+        name += f"-{len(done.edits)}" * (name in names)
+        names.add(name)
         try:
             made = edit(clip)
             save(made, f"{short_name(name, len('-edit-beside.mp4'))}-edit")
