@@ -135,12 +135,13 @@ def base_of(
 # %% ../../nbs/trainers/loading.ipynb #loading-19
 def load_image_vae(
     size: str,  # A row of SIZES
-    vae: str = "",  # Folder or hub id of an image autoencoder; empty: the size's own
+    vae: str = "",  # Folder or hub id of an image autoencoder, or a size such as XS; empty: the size's own
 ) -> AutoencoderKL:
     """The image autoencoder that the decoder of this size is built around, in evaluation mode.
 
     FileNotFoundError where it cannot be read; ValueError for another kind of model.
     """
+    size, vae = (vae, "") if vae in SIZES else (size, vae)
     home, part = base_of(size), "vae"
     if isinstance(home, Path):
         part = "image_vae"  # `vae` is the one with the trained decoder
