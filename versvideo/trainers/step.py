@@ -93,6 +93,7 @@ class Training:
     numbers: dict = field(default_factory=dict)  # Settings that a checkpoint must agree with
     after_step: Callable | None = None  # `(model) -> None`, after each optimiser step
     validate: Callable | None = None  # `(model, rank, world) -> dict`, before each checkpoint
+    sample: Callable | None = None  # `(model, rank) -> (clips, titles)`, every `sample_every` steps
 
     @property
     def inner(self) -> Objective:
