@@ -19,7 +19,7 @@ from torch import nn
 from ..core.records import tensors_digest
 from ..data.batches import LatentBatches
 from ..models.contracts import Autoencoder
-from ..models.latents import encode_clips
+from ..models.latents import decode_latents, encode_clips
 from ..models.saving import save_pipeline
 from ..models.sizes import Size
 from ..models.text import encode_text
@@ -167,6 +167,10 @@ class HeldOut:
     text: torch.Tensor  # `n tokens d`, embeddings of the captions
     captions: list  # Texts
     batch: ShapesBatch | None = None  # Pixels and truth, of Moving Shapes
+
+    def clips(self, vae: Autoencoder) -> torch.Tensor:  # `n 3 t h w`
+        "The pixels; of shards, which have latents alone, the decoded ones."
+        return self.batch.clips if self.batch else decode_latents(vae, self.latents)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-32
 def hold_out(
