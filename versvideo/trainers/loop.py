@@ -9,6 +9,7 @@ __all__ = ['resume', 'log_to_trackers', 'log_picture', 'averaged_weights', 'run_
 # %% ../../nbs/trainers/loop.ipynb #loop-03
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -188,10 +189,14 @@ def save_when_due(
     done: int,  # Steps done
     stop: bool = False,  # Whether SIGTERM ends the run after this step
 ) -> None:
-    "Every `save_every` steps, and after the last, validate and save; OSError only if the last save fails."
+    """Save every `save_every` steps, `save_minutes` after the last save, and at the end; validate where it is due.
+
+    OSError only if the last save fails.
+    """
     cfg, last = training.cfg, done == training.cfg.steps
-    if not training.folder or not (done % cfg.save_every == 0 or last or stop):
+    if not training.folder or not (done % cfg.save_every == 0 or training.late or last or stop):
         return
+    training.saved, training.late = time.monotonic(), False
     best = validate_when_due(training, done)
     scaler = training.accelerator.scaler
     state = dict(step=done, schedule=training.schedule.state_dict(), scaler=scaler and scaler.state_dict())
