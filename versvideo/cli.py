@@ -229,6 +229,7 @@ def main(
     args = parse(arguments)
     warnings.showwarning = lambda message, *place: print(f"Warning: {message}", file=sys.stderr)
     commands = dict(generate=generate, edit=edit, run=run, results=results)
+    limit_threads()
     try:
         commands[args.command](args)
     except KeyboardInterrupt:
