@@ -17,6 +17,7 @@ from pathlib import Path
 from . import __version__
 from .core.checks import check_counts, check_numbers
 from .core.files import writable_folder
+from .core.threads import limit_threads
 
 # %% ../nbs/cli.ipynb #cli-06
 def add_sampling(parser: argparse.ArgumentParser) -> None:
