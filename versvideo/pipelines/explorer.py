@@ -63,7 +63,7 @@ class Player:
         self,
         clip: torch.Tensor,  # `3 t h w`, uint8 or floats in [0, 1]
     ) -> None:
-        "Play a clip, its shorter side at least 256 screen pixels."
+        "Play a clip, a small one enlarged."
         self.box.value = gif_bytes(clip, fps=8)
         self.box.layout.width = f"{clip.shape[3] * max(1, 256 // min(clip.shape[2:]))}px"
         self.box.layout.display = ""
