@@ -4,6 +4,7 @@ import copy
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from versvideo.cli import main
 from versvideo.core.notebooks import run_cells
 from versvideo.core.records import tensors_digest
 from versvideo.data.conditions import CONDITIONS, Condition, extract_condition
@@ -337,8 +339,35 @@ def test_a_users_video_is_never_written_over(pipe, tmp_path):
     before = source.read_bytes()
     edit_files(pipe, source, "a red circle", tmp_path, (4, 32, 32), conditions="canny", **FEW)
     assert source.read_bytes() == before and (tmp_path / "my-edit.mp4").exists()
-    with pytest.raises(ValueError, match="give another folder"):
+    source.rename(tmp_path / "other.mp4")
+    write_video(torch.zeros(3, 4, 32, 32), tmp_path / "other-edit.mp4")
+    with pytest.raises(ValueError, match="other-edit.mp4 would be replaced"):
         edit_files(pipe, tmp_path, "a red circle", tmp_path, (4, 32, 32), **FEW)
+
+
+def test_results_of_an_earlier_run_are_not_edited(pipe, tmp_path, capsys):
+    for name in ("one", "two"):
+        write_video(torch.rand(3, 4, 32, 32), tmp_path / f"{name}.mp4")
+    for _ in range(2):
+        done = edit_files(pipe, tmp_path, "a red circle", tmp_path, (4, 32, 32), conditions="canny", **FEW)
+        assert list(done.edits) == ["one.mp4", "two.mp4"]
+        lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+        assert lines == ["edit: 0/2", "edit: 1/2", "edit: 2/2"]
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("conditions", "scribble", "condition='scribble' is unknown"), ("height", "60", "height=60 is not a multiple of 8"),
+    ("steps", "0", "steps=0"), ("style", "none.png", "none.png"), ("video", "none.mp4", "none.mp4"),
+])
+def test_wrong_arguments_are_found_before_the_model_is_loaded(tmp_path, capsys, option, value, message):
+    video = write_video(torch.rand(3, 4, 32, 32), tmp_path / "my.mp4")
+    given = dict(video=str(video), prompt="a star") | {option: value}
+    with patch("versvideo.pipelines.loading.load_pipeline", side_effect=AssertionError("it was loaded")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run_cells(REPO / "nbs/32_edit.ipynb", [f"{name}={text}" for name, text in given.items()])
+        more = [] if option == "video" else [f"--{option}", value]
+        assert main(["edit", given["video"], given["prompt"], "-o", str(tmp_path / "out.mp4"), *more]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_without_video(pipe, tmp_path):

@@ -1,6 +1,7 @@
 """The pipeline as a user of the installed package meets it: tiny random models, every error."""
 
 import json
+import re
 import shutil
 import warnings
 from importlib import resources
@@ -364,7 +365,7 @@ def test_unknown_words_are_named_once_and_the_video_is_made(pipe):
     with pytest.warns(UserWarning) as caught:
         videos = pipe(["a crimson circle", "a crimson zebra"], num_inference_steps=1).videos
     assert len(caught) == 1 and len(videos) == 2
-    assert "doesn't know 'crimson', 'zebra'; it knows a, background" in str(caught[0].message)
+    assert re.search("doesn't know 'crimson'.*, 'zebra'", str(caught[0].message))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe("A red circle, moving left.", num_inference_steps=1)
@@ -374,7 +375,7 @@ def test_words_that_the_unet_never_saw_are_unknown_too(tmp_path):
     pipe = build(words="a red circle moving")
     again = load_pipeline(save_pipeline(pipe, tmp_path / "saved"), device="cpu")
     for model in (pipe, again):
-        with pytest.warns(UserWarning, match="doesn't know 'left'; it knows a, red, circle, mov"):
+        with pytest.warns(UserWarning, match="doesn't know 'left'$"):
             model("a red circle moving left", num_inference_steps=1)
     embedded = load_pipeline("XS", device="cpu")
     assert "pixelated" in known_words(embedded.tokenizer)

@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", help="a picture as the first frame")
     edit = commands.add_parser(
         "edit", help="a video redrawn along its edges or depth",
-        description='A video redrawn: versvideo edit my.mp4 "a red star" -o edited.mp4')
+        description='A video redrawn: versvideo edit my.mp4 "a red star" -o edited.mp4. The model XS that comes with '
+                    "the package knows one plain object on a plain background: it follows the edges of real footage "
+                    "and fills them with what it knows, and its autoencoder cannot reconstruct real footage")
     edit.add_argument("video", help="a video file")
     edit.add_argument("prompt", help="what is drawn")
     add_sampling(edit)
@@ -158,15 +160,16 @@ def edit(args: argparse.Namespace) -> None:
     from versvideo.data.conditions import parse_models
     from versvideo.media.show import clip_grid
     from versvideo.media.video import read_clip, write_video
-    from versvideo.pipelines.edit import edit_clip
+    from versvideo.pipelines.edit import check_edit, edit_clip
     from versvideo.pipelines.loading import load_pipeline
-    pipe = load_pipeline(args.model)
     given = (args.frames, args.height, args.width)
-    size = tuple(asked or own for asked, own in zip(given, pipe.trained_size, strict=True))
+    asked = dict(conditions=args.conditions, options=parse_models(args.condition_models), **sampling(args, 2.0))
+    check_edit(args.model, args.prompt, given, **asked)
+    pipe = load_pipeline(args.model)
+    size = tuple(n or own for n, own in zip(given, pipe.trained_size, strict=True))
     clip = read_clip(args.video, size, fps=args.fps)[None]
     say(f"extracting {args.conditions} from {args.video}, then generating ...")
-    done = edit_clip(pipe, clip, args.prompt, conditions=args.conditions, options=parse_models(args.condition_models),
-                     generator=torch.Generator().manual_seed(args.seed), **sampling(args, 2.0))
+    done = edit_clip(pipe, clip, args.prompt, generator=torch.Generator().manual_seed(args.seed), **asked)
     scale, rows = pixel_scale(*size[1:]), done.rows()
     sheet = clip_grid(list(rows.values()), list(rows), scale=scale)
     beside = write_video(sheet, path.with_stem(f"{path.stem}-beside"), args.fps)

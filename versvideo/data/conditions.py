@@ -25,6 +25,7 @@ from einops import rearrange
 
 from ..core.checks import pick
 from ..core.files import repo_path
+from ..core.hub import find_model
 from ..core.machine import on_device
 from ..media.pixels import to_float
 
@@ -149,7 +150,7 @@ def hed_network(
         warnings.simplefilter("ignore")  # from the other detectors that this import loads
         detectors = require_extra("controlnet_aux", "hed")
     try:
-        return detectors.HEDdetector.from_pretrained(str(model)).netNetwork
+        return detectors.HEDdetector.from_pretrained(find_model(model)).netNetwork
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise FileNotFoundError(
             f"model={str(model)!r} holds no readable ControlNetHED.pth, here or on the hub ({error}): fetch it with "
@@ -209,8 +210,9 @@ def depth_network(
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     try:
-        network = AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True).eval()
-        return network, AutoImageProcessor.from_pretrained(model)
+        source = find_model(model)
+        network = AutoModelForDepthEstimation.from_pretrained(source, use_safetensors=True).eval()
+        return network, AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model={str(model)!r} holds no depth model of transformers in safetensors, here or on the hub ({error}): "

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionM
 
 from ..core.checks import pick
 from ..core.files import WEIGHTS
+from ..core.hub import find_model
 from ..core.records import tensors_digest
 from versvideo.metrics.networks import (
     C3DClassifier, Extractor, MeanColour, ScriptedI3D, StateDictI3D, VideoMAE, read_model, to_square,
@@ -44,7 +45,7 @@ class ClipExtractor(Extractor):
         try:
             image = read_model(CLIPVisionModelWithProjection, model, **part("image_encoder"), **options)
             text = read_model(CLIPTextModelWithProjection, model, **part("text_encoder"), **options)
-            tokenizer = AutoTokenizer.from_pretrained(model, **part("tokenizer"))
+            tokenizer = AutoTokenizer.from_pretrained(find_model(model), **part("tokenizer"))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"clip needs a model, and {str(model)!r} cannot be read ({error}): "
                                     "give the folder or hub id of a CLIP in safetensors") from error

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import VideoMAEModel
 
 from ..core.files import sha256_of
+from ..core.hub import find_model
 from ..core.records import tensors_digest
 from ..media.pixels import check_clips, to_signed
 from ..models.saving import quiet_bars
@@ -114,7 +115,8 @@ def read_model(
 ) -> nn.Module:         # In evaluation mode
     "A pretrained model that has all its weights; ValueError where some are missing and would be random."
     with quiet_bars():
-        network, report = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
+        network, report = kind.from_pretrained(find_model(model), use_safetensors=True, output_loading_info=True,
+                                               **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{model} lacks {len(missing)} weights of {kind.__name__}, {missing[0]} among them: "

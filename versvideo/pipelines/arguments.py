@@ -8,6 +8,7 @@ __all__ = ['COUNTS', 'RANGES', 'OPTIONAL', 'latent_size', 'size_of_conditions', 
            'check_settings', 'callback_inputs']
 
 # %% ../../nbs/pipelines/arguments.ipynb #arguments-03
+import difflib
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -109,15 +110,15 @@ def warn_about_words(
     tokenizer: PreTrainedTokenizerBase,  # The model's tokenizer
     prompts: list[str],                  # What it is going to read
     trained: str = "",                   # Words it was trained on; empty: all of the tokenizer's
-    show: int = 150,                     # Known words to name in the warning
 ) -> None:
-    "Warn of words that the model doesn't know, and of each prompt that it cannot read to its end."
+    "Warn of words that the model doesn't know, naming similar ones, and of prompts that it cannot read to their end."
     known = trained.split() or known_words(tokenizer)
-    unknown = dict.fromkeys(w for text in prompts for w in unknown_words(tokenizer, text, known))
+    unknown = {}
+    for word in (word for text in prompts for word in unknown_words(tokenizer, text, known)):
+        similar = ", ".join(difflib.get_close_matches(word.lower(), known, n=2, cutoff=0.7))
+        unknown[word] = f"{word!r} (similar: {similar})" if similar else repr(word)
     if unknown:
-        more = f" and {len(known) - show} more" if len(known) > show else ""
-        warnings.warn(f"the model doesn't know {', '.join(map(repr, unknown))}; it knows "
-                      f"{', '.join(known[:show])}{more}", stacklevel=2)
+        warnings.warn(f"the model doesn't know {', '.join(unknown.values())}", stacklevel=2)
     limit, nothing = tokenizer.model_max_length, tokenizer("").input_ids
     for prompt in prompts:
         if tokenizer(prompt, verbose=False).input_ids == nothing:
