@@ -6,13 +6,13 @@
 __all__ = ['MEASURES', 'mean_over_seeds', 'paired_p_value', 'holm', 'significant_from', 'detectable', 'design',
            'compare_variants', 'verdicts', 'as_record']
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-03
+# %% ../../nbs/lab/comparison.ipynb #comparison-03
 import numpy as np
 from scipy import optimize, stats
 
 from ..core.checks import pick
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-06
+# %% ../../nbs/lab/comparison.ipynb #comparison-06
 def mean_over_seeds(
     values,        # One a seed
     against=None,  # Of the same seeds: the mean is that of the differences
@@ -24,7 +24,7 @@ def mean_over_seeds(
     half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-10
+# %% ../../nbs/lab/comparison.ipynb #comparison-10
 def paired_p_value(
     values,   # One a seed
     against,  # Of the same seeds
@@ -35,7 +35,7 @@ def paired_p_value(
         return 1.0
     return float(stats.ttest_1samp(differences, 0).pvalue) if differences.std() else 0.0
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-14
+# %% ../../nbs/lab/comparison.ipynb #comparison-14
 def holm(
     p_values: list,
     level: float = 0.05,  # Probability of at least one false rejection
@@ -48,7 +48,7 @@ def holm(
         significant[i] = True
     return significant
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-15
+# %% ../../nbs/lab/comparison.ipynb #comparison-15
 def significant_from(
     values,      # One a seed
     against,     # Of the same seeds
@@ -59,7 +59,7 @@ def significant_from(
     n = len(differences)
     return float(stats.t.ppf(1 - 0.025 / tests, n - 1) * differences.std(ddof=1) / n**0.5)
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-20
+# %% ../../nbs/lab/comparison.ipynb #comparison-20
 def detectable(
     spread: float,       # Standard deviation of the differences, seed by seed
     seeds: int,          # Trainings of each variant
@@ -74,10 +74,10 @@ def detectable(
 
     return float(optimize.brentq(missed, 0, 100 * spread * limit))
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-23
+# %% ../../nbs/lab/comparison.ipynb #comparison-23
 MEASURES = dict(loss=-1, FVD=-1, IS=1, FC=1, read_motion=1, read_shape=1)  # 1 where larger is better, else -1
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-24
+# %% ../../nbs/lab/comparison.ipynb #comparison-24
 def design(
     pilot: dict,     # `metrics.json` of an earlier study, as of `as_record`
     baseline: str,   # Its baseline
@@ -94,7 +94,7 @@ def design(
         rows.append(dict(measure=measure, spread=spread, seeds=seeds, detectable=detectable(spread, seeds, tests)))
     return rows
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-26
+# %% ../../nbs/lab/comparison.ipynb #comparison-26
 def compare_variants(
     found: dict,                # Variant to a list with the metrics of each seed, as of `train_all`
     baseline: str,              # The variant that the others are compared with
@@ -134,7 +134,7 @@ def compare_variants(
         row["significant_from"] = significant_from(*pair, len(tested))
     return rows
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-33
+# %% ../../nbs/lab/comparison.ipynb #comparison-33
 def verdicts(
     rows: list,  # Of `compare_variants`
 ) -> str:
@@ -148,7 +148,7 @@ def verdicts(
     return "\n".join([*lines, f"Of {len(tested)} comparisons: "
                               f"{', '.join(map(count, ('better', 'worse', 'inconclusive')))}."])
 
-# %% ../../nbs/lab/comparison.ipynb #lab-comparison-35
+# %% ../../nbs/lab/comparison.ipynb #comparison-35
 def as_record(
     rows: list,        # Of `compare_variants`
     found: dict,       # Of `train_all`
