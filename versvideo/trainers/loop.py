@@ -289,10 +289,8 @@ def fit(
     after_step : `(model) -> None`, after each optimiser step
     pretrained : names of parameters with the learning rate `cfg.pretrained_share * cfg.lr`
     run : further settings that identify the run; a checkpoint with others is refused
-    validate : `(model, rank, world) -> dict` of scalars with a "loss", called before each checkpoint on every process,
-        which must call the model equally often
-    sample : `(model, rank) -> (clips, titles)`, called every `cfg.sample_every` steps likewise; the pictures go to
-        `samples/` beside `folder` and to the trackers
+    validate : `(model, rank, world) -> dict` of scalars with a "loss"; every process calls the model equally often
+    sample : `(model, rank) -> (clips, titles)`; the pictures go to `samples/` beside `folder` and to the trackers
 
     Raises
     ------
@@ -303,8 +301,7 @@ def fit(
     numbers = json.loads(json.dumps(asdict(cfg) | (run or {})))  # as a checkpoint stores them
     more = dict(numbers=numbers, after_step=after_step, validate=validate, sample=sample)
     training = prepare(cfg, model, loss_fn, pretrained, folder, **more)
-    start = resume(training)
     training.objective.train()
-    run_steps(training, start, batch_fn)
+    run_steps(training, resume(training), batch_fn)
     finish(training, model)
     return training.log
