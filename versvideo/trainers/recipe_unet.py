@@ -16,7 +16,7 @@ from torch import nn
 from ..core.checks import pick
 from ..data.batches import LatentBatches
 from ..models.contracts import Denoiser
-from ..models.pretrained import load_init
+from ..models.pretrained import is_selected, load_init
 from ..models.sizes import SIZES, Size, leave_out
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
@@ -60,11 +60,11 @@ UNET_RUNS = {
 def resolve_unet(
     size: str,  # A row of `UNET_RUNS`
     experts: int = 0,  # N and M alike; 0 keeps the size's own numbers
-    image_steps: int = -1,  # Steps with images alone; -1: the size's share of the steps, none with `init`
+    image_steps: int = -1,  # Steps with images alone; -1: the size's share of the steps, none where `init` fits whole
     image_rank_fraction: float = 0.25,  # Share of image batches after that
     style_dropout: float = 0.0,  # Share of captions that leave the drawing style out
     init: str = "",  # What the weights start from; empty: random weights
-    pretrained_share: float = 0.1,  # Of the learning rate, for what `init` loads
+    pretrained_share: float = -1,  # Of the learning rate, for what `init` loads; -1: 0.1, or 1 where it is selected
     without: str = "",  # Parts left out, as of `leave_out`
     clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
@@ -74,9 +74,11 @@ def resolve_unet(
     if image_steps < -1 or not 0 <= style_dropout <= 1:
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
     unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
-    new = change_settings(cfg, pretrained_share=pretrained_share if init else 1.0, **changes)
-    if image_steps < 0:  # a shorter run starts with fewer; what is loaded knows images
-        image_steps = 0 if init else plan.image_steps * new.steps // cfg.steps
+    whole = init and not is_selected(unet["block_out_channels"], init)
+    share = pretrained_share if init and pretrained_share != -1 else 0.1 if whole else 1.0
+    new = change_settings(cfg, pretrained_share=share, **changes)
+    if image_steps < 0:  # a shorter run starts with fewer; what is loaded whole knows images
+        image_steps = 0 if whole else plan.image_steps * new.steps // cfg.steps
     plan = replace(plan, clips=clips_for(new, plan.clips, clips), image_steps=image_steps, style_dropout=style_dropout,
                    image_rank_fraction=image_rank_fraction)
     return replace(SIZES[size], unet=unet), new, plan
