@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.records import tensors_digest
 from ..data.batches import LatentBatches
+from ..data.buckets import BucketBatches
 from ..models.contracts import Autoencoder
 from ..models.latents import decode_latents, encode_clips
 from ..models.saving import save_pipeline
@@ -187,17 +188,17 @@ def hold_out(
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-35
 def hold_out_shards(
-    shards: LatentBatches,
+    shards: LatentBatches | BucketBatches,
     n: int,  # Samples
 ) -> HeldOut:
-    "The first samples of shards, with the first caption of each; ones of another shape than the first are left out."
+    "The first samples of shards, with the first caption of each; of a set with buckets, those of the largest one."
+    if isinstance(shards, BucketBatches):
+        shards = max(shards.parts.values(), key=lambda part: len(part.shards))
     numbers = range(min(n, len(shards.shards)))
     samples = [shards.read_sample(k) for k in numbers]
-    captions = [shards.shards[k]["txt"].decode().split("\n")[0] for k in numbers]
-    kept = [k for k in numbers if samples[k]["latents"].shape == samples[0]["latents"].shape]
-    latents = torch.stack([samples[k]["latents"] for k in kept]).float()
-    text = torch.stack([samples[k]["text"][0] for k in kept]).float()
-    return HeldOut(latents, text, [captions[k] for k in kept])
+    latents = torch.stack([sample["latents"] for sample in samples]).float()
+    text = torch.stack([sample["text"][0] for sample in samples]).float()
+    return HeldOut(latents, text, [shards.shards[k]["txt"].decode().split("\n")[0] for k in numbers])
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-38
 def split_prompts(
