@@ -207,6 +207,8 @@ def as_users_start_them(folder: Path) -> dict[str, Callable]:
         assert {path.name for path in (made["unet"] / "samples").iterdir()} == {"step-000002.jpg", "step-000004.jpg"}
         in_a_shell("22_train_controlnet", f"model={made['unet']}/weights", f"data={made['shards']}", "conditions=canny",
                    f"out={folder / 'of_mine' / 'control'}")
+        in_a_shell("23_train_style", f"model={made['unet']}/weights", f"data={made['shards']}",
+                   f"out={folder / 'of_mine' / 'style'}")
         in_a_shell("34_recall", f"model={made['unet']}/weights", f"data={mine}", f"clip={made['clip']}/weights",
                    "steps=2", f"out={folder / 'of_mine' / 'recall'}")
         found = read_json(folder / "of_mine/recall/metrics.json")
