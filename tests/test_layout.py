@@ -240,6 +240,13 @@ def test_links_lead_somewhere(page):
     assert links and not [link for link in links if not ((REPO / page).parent / link).exists()]
 
 
+def test_what_the_readme_writes_is_ignored():
+    "Videos, shards and results of its commands never become part of a commit."
+    assert {"my/", "out/"} <= set((REPO / ".gitignore").read_text().splitlines())
+    written = re.findall(r"(?:out|data)=(\w+/)", (REPO / "README.md").read_text())
+    assert written and set(written) <= {"my/", "out/"}
+
+
 def test_settings_keep_papermill_working():
     assert settings()["allowed_cell_metadata_keys"] == "tags"
     assert settings()["allowed_metadata_keys"] == "papermill"

@@ -354,6 +354,8 @@ def test_interrupt(pipe):
     (dict(num_inference_steps=1001), ValueError, "num_inference_steps=1001 does not suit DDIMSch"),
     (dict(output_type="gif"), ValueError, "output_type='gif' is unknown: choose one of pt, np"),
     (dict(callback_on_step_end_tensor_inputs=["eps"]), ValueError, "tensor_inputs='eps' is unkn"),
+    (dict(num_frames=10**8), MemoryError, r"num_frames=100000000, .* needs .* GiB are free: give fewer frames"),
+    (dict(height=8 * 10**6), MemoryError, r"height=8000000, .* GiB are free: .* a smaller height"),
 ])
 def test_error(pipe, monkeypatch, arguments, error, message):
     monkeypatch.setattr(pipe.unet, "forward", None)
@@ -369,6 +371,16 @@ def test_unknown_words_are_named_once_and_the_video_is_made(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe("A red circle, moving left.", num_inference_steps=1)
+
+
+def test_longer_than_trained_is_made_with_a_warning(pipe):
+    frames = pipe.trained_size[0]
+    with pytest.warns(UserWarning, match=f"num_frames={frames + 1} is more than the {frames} that") as caught:
+        assert pipe("a red circle", num_frames=frames + 1, num_inference_steps=1).videos.shape[2] == frames + 1
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("a red circle", num_frames=frames - 1, num_inference_steps=1)
 
 
 def test_words_that_the_unet_never_saw_are_unknown_too(tmp_path):
@@ -597,6 +609,12 @@ def test_folder_from_here_or_from_the_repository(monkeypatch, tmp_path):
 def test_precision_by_name_is_refused(saved):
     with pytest.raises(TypeError, match=r"dtype='float16' is no torch dtype: give torch.float16"):
         load_pipeline(saved, dtype="float16")
+
+
+def test_an_unknown_device_is_refused_in_one_line(saved):
+    with pytest.raises(ValueError) as error:
+        load_pipeline(saved, device="gpu")
+    assert str(error.value).startswith("device='gpu' is not on this machine: give ") and len(str(error.value)) < 80
 
 
 def test_hub(saved, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,13 @@ from versvideo.media.video import write_video
 from versvideo.metrics.benchmark import benchmark
 from versvideo.metrics.collect import collect, load_collected
 from versvideo.metrics.distances import Statistics, frechet_distance
-from versvideo.metrics.evaluate import compute_scores
+from versvideo.metrics.evaluate import compute_scores, evaluate
 from versvideo.metrics.features import load_extractor
 from versvideo.metrics.networks import Extractor
 from versvideo.metrics.peers import clip_maker, collect_models, load_peer
 from versvideo.metrics.protocol import score_table
 from versvideo.models.text import load_clip
+from versvideo.pipelines.loading import load_pipeline
 from versvideo.trainers.loading import load_trained
 from versvideo.world.shapes import MovingShapes
 
@@ -186,3 +189,14 @@ def test_i3d_gives_the_published_distance_of_black_and_white():
     black, white = (torch.full((8, 3, 30, 64, 64), v, dtype=torch.uint8) for v in (0, 255))
     found = frechet_distance(*(i3d(clips)["features"].numpy() for clips in (black, white)))
     assert abs(found - 151.26) < 0.5
+
+
+def test_scores_of_the_readme_run_offline_and_print_a_table(capsys):
+    "The block as written, up to the networks that have to be downloaded; two steps are enough here."
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    block = next(b for b in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if "clip:XS" in b)
+    pipe = load_pipeline("XS", device="cpu")
+    exec(block.split("judges =")[0], dict(pipe=partial(pipe, num_inference_steps=2), evaluate=evaluate))
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0].split() == ["score", "value", "low", "high", "clips"]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["CLIPSIM on clip:XS", "FC on clip:XS"]

@@ -20,7 +20,7 @@ from .clip_scores import clipsim, fc_consecutive
 from .collect import clip_source, collect, collected_frames, iter_collected, load_collected
 from .distances import frechet_interval, inception_score, with_interval
 from .networks import Extractor
-from .protocol import Protocol, Score, list_hash
+from .protocol import Protocol, Score, Scores, list_hash
 
 # %% ../../nbs/metrics/evaluate.ipynb #evaluate-06
 def frechet_between(
@@ -76,7 +76,7 @@ def compute_scores(
     real: str | Path = "",  # Folder of the real clips; empty: no FVD
     texts: torch.Tensor | None = None,  # `n d`, of the prompts; None: no CLIPSIM
     seed: int = 0,          # Of the order in which IS takes the clips
-) -> dict:                  # Metric and network, "FVD on i3d-torchscript", to `Score`
+) -> Scores:                # Metric and network, "FVD on i3d-torchscript", to `Score`
     """Every score that the collected features allow.
 
     Parameters
@@ -90,13 +90,13 @@ def compute_scores(
 
     Returns
     -------
-    dict : "METRIC on NETWORK" to `Score`; the interval of IS is the standard deviation of its parts
+    Scores : "METRIC on NETWORK" to `Score`; the interval of IS is the standard deviation of its parts
 
     Raises
     ------
     ValueError where two sets were read by different networks, or texts are not one a clip.
     """
-    found, name = {}, lambda metric, key: f"{metric} on {extractors[key].name}"
+    found, name = Scores(), lambda metric, key: f"{metric} on {extractors[key].name}"
     if real:
         interval = frechet_between(real, folder, "video features")
         found[name("FVD", "video")] = Score(*interval, protocol("FVD", extractors["video"], True))
@@ -177,7 +177,7 @@ def evaluate(
     processes: PartialState | None = None,  # Of accelerate, with a folder that all share
     data: str = "",         # What the real clips are, for the protocol; a stream needs it
     model: str = "",        # What made the clips; a stream with a folder needs it
-) -> dict:                  # "METRIC on NETWORK" to `Score`
+) -> Scores:                # "METRIC on NETWORK" to `Score`; shown as a table
     "FVD, IS, CLIPSIM and FC of clips, those that the arguments allow, each with interval and protocol."
     check_extractors(extractors, real, prompts)
     check_streams(clips, real, folder, data, model)

@@ -98,7 +98,7 @@ EXTRACTORS = {
 
 # %% ../../nbs/metrics/features.ipynb #features-16
 def load_extractor(
-    name: str,          # A key of `EXTRACTORS`
+    name: str,          # A key of `EXTRACTORS`, or as tables name it: clip:XS
     weights: str = "",  # File, folder or hub id; empty: the extractor's own, where it has one
     **options,          # More arguments of that extractor
 ) -> Extractor:         # Frozen
@@ -106,7 +106,7 @@ def load_extractor(
 
     Parameters
     ----------
-    name : i3d, i3d-videogpt, c3d, videomae, clip, shapes or mean-colour
+    name : i3d, i3d-videogpt, c3d, videomae, clip, shapes or mean-colour; clip:XS is the CLIP that comes with size XS
     weights : file, folder or hub id of its weights; empty for the extractor's own
     options : more arguments of that extractor, for example `mean` of c3d
 
@@ -118,4 +118,6 @@ def load_extractor(
     ------
     ValueError for an unknown name; FileNotFoundError that says what to download where weights are missing.
     """
+    name, colon, size = name.partition(":")
+    weights = weights or (colon and str(WEIGHTS / pick({p.name: p.name for p in WEIGHTS.iterdir()}, size, "size")))
     return pick(EXTRACTORS, name, "extractor")(*[weights] if weights else [], **options).requires_grad_(False)

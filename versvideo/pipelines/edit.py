@@ -27,6 +27,7 @@ from ..models.controlnet import as_weights
 from .arguments import COUNTS, RANGES, as_texts, check_settings, latent_size
 from .control import by_condition, check_interval
 from .loading import find_pipeline
+from .memory import check_memory
 from .text_to_video import VersVideoPipeline
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-06
@@ -206,6 +207,8 @@ def dry_run(
         return {}
 
     check_request(trained_conditions(pipe), pipe.style_adapter is not None, prompt, arguments)
+    latents = latent_size(*size, (1, 1, 1), pipe.vae_scale_factor)
+    check_memory(pipe.unet, pipe.vae, (1, pipe.unet.config.in_channels, *latents), 1, None, pipe._execution_device)
     blank = torch.zeros(1, 3, *size, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the videos give them again

@@ -183,7 +183,7 @@ class Explorer:
                 arguments = (self.prompt.arguments() | self.conditions.arguments(self.pipe.trained_size)
                              | self.style.arguments())
                 videos = self.pipe(**arguments, callback_on_step_end=self.count_step).videos
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # the last: out of memory
+        except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:  # the last: a GPU's
             self.message.value = f"<b>{html.escape(str(error))}</b>"
             return
         shown = [html.escape(str(w.message)) for w in caught if issubclass(w.category, UserWarning)]

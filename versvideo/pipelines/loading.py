@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 
 from ..core.checks import pick
 from ..core.files import WEIGHTS, repo_path
-from ..core.machine import best_device, require_memory
+from ..core.machine import as_device, require_memory
 from ..core.records import read_json
 from ..models.saving import check_loaded, check_saved, quiet_bars
 from ..models.sizes import SIZES
@@ -80,8 +80,7 @@ def load_pipeline(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r} is no torch dtype: give torch.float16, for example")
-    folder = find_pipeline(size_or_folder)
-    device = best_device() if device is None else torch.device(device)
+    device, folder = as_device(device), find_pipeline(size_or_folder)
     require_memory(check_saved(folder) * dtype.itemsize, f"loading {size_or_folder} as {dtype}",
                    "use dtype=torch.float16 or a larger machine", device)
     config = read_json(folder / "scheduler" / "scheduler_config.json")

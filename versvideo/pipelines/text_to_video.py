@@ -18,6 +18,7 @@ from versvideo.pipelines.arguments import (
 from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
 from .guidance import Style
+from .memory import check_memory, warn_beyond_training
 from .output import VersVideoPipelineOutput, output_converter
 from .schedulers import set_timesteps, step_arguments
 
@@ -75,6 +76,8 @@ class VersVideoPipeline(VideoDenoiser):
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, prompt_embeds,
                                                 negative_prompt_embeds, blank=controlled or styled)
         device, shape = self._execution_device, (len(positive), self.unet.config.in_channels, *size)
+        check_memory(self.unet, self.vae, shape, 1 + self.do_classifier_free_guidance, decode_chunk_size, device)
+        warn_beyond_training(size[0], self.unet.config.sample_size[0])
         if image is not None:
             conditions["image"] = first_frame(image, size, self.vae_scale_factor)
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start, control_end, shape,
@@ -158,6 +161,8 @@ Raises
 ------
 ValueError, TypeError
     For an argument that cannot work, before anything is generated; the message says what to give instead.
+MemoryError
+    For a size that does not fit, likewise.
 
 Examples
 --------
