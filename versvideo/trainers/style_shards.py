@@ -99,16 +99,18 @@ class StyleSamples:
     "The `sample` of `fit`: two clips on each process, each after the picture whose style it has."
 
     pipe: VersVideoPipeline  # Frozen
-    pictures: torch.Tensor  # `n 3 h w`, in [0, 1]
+    pictures: torch.Tensor  # `n 3 h w`, in [0, 1], of the size of the clips
     prompts: list
+    frames: int  # Of a clip
 
     def __call__(self, style: StyleAdapter, rank: int) -> tuple:  # Clips `4 3 t h w` in [0, 1], titles
         "Ten steps, with noise that depends on the process alone."
         pipe = VersVideoPipeline(**self.pipe.components | dict(style_adapter=style))
+        size = dict(num_frames=self.frames, height=self.pictures.shape[2], width=self.pictures.shape[3])
         clips, titles = [], []
         for k in (2 * rank, 2 * rank + 1):
             prompt, picture = self.prompts[k % len(self.prompts)], self.pictures[k % len(self.pictures)]
-            drawn = draw_samples(pipe, [prompt], k, steps=10, style_image=picture)[0]
+            drawn = draw_samples(pipe, [prompt], k, steps=10, style_image=picture, **size)[0]
             clips += [picture[:, None].to(drawn).expand_as(drawn), drawn]
             titles += ["picture", prompt]
         return torch.stack(clips), titles
