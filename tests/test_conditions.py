@@ -146,7 +146,7 @@ def test_a_run_trains_it(models, tmp_path, monkeypatch, default):
                     ["conditions=canny,pose", "steps=1", "track=", f"out={tmp_path / 'run'}", *named])
     AcceleratorState._reset_state(reset_partial_state=True)
     assert run.control.config.conditions == dict(canny=1, pose=3)
-    clips = run.shown.clips
+    clips = run.held.batch.clips
     assert torch.equal(run.maps["pose"], expected(models[0 if default else 1], clips))
     assert all(parameter.isfinite().all() for parameter in run.control.adapters["pose"].parameters())
     trained = VersVideoControlNet.from_pretrained(tmp_path / "run/weights/controlnet")
