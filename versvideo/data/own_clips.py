@@ -63,7 +63,7 @@ def check_fits(
     t, h, w = shape
     if (size := 3 * n * t * h * w) > MOST_BYTES:
         raise ValueError(f"{n} clips of {t}x{h}x{w} take {size / 2**30:.0f} GiB in memory, at most "
-                         f"{MOST_BYTES // 2**30} are read: give most={MOST_BYTES // (3 * t * h * w)}, or a smaller set")
+                         f"{MOST_BYTES // 2**30} are read: take a set of at most {MOST_BYTES // (3 * t * h * w)} clips")
 
 # %% ../../nbs/data/own_clips.ipynb #own-clips-16
 def read_own_clips(

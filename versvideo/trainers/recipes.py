@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..core.records import tensors_digest
-from ..data.batches import LatentBatches
+from ..data.batches import LatentBatches, unpack_tensors
 from ..data.buckets import BucketBatches
 from ..models.contracts import Autoencoder
 from ..models.latents import decode_latents, encode_clips
@@ -191,14 +191,23 @@ def hold_out_shards(
     shards: LatentBatches | BucketBatches,
     n: int,  # Samples
 ) -> HeldOut:
-    "The first samples of shards, with the first caption of each; of a set with buckets, those of the largest one."
+    "The first good samples of shards, with the first caption of each; of a set with buckets, those of the largest one."
     if isinstance(shards, BucketBatches):
         shards = max(shards.parts.values(), key=lambda part: len(part.shards))
-    numbers = range(min(n, len(shards.shards)))
-    samples = [shards.read_sample(k) for k in numbers]
-    latents = torch.stack([sample["latents"] for sample in samples]).float()
-    text = torch.stack([sample["text"][0] for sample in samples]).float()
-    return HeldOut(latents, text, [shards.shards[k]["txt"].decode().split("\n")[0] for k in numbers])
+    good, captions = [], []
+    for k in range(len(shards.shards)):
+        if len(good) == n:
+            break
+        try:
+            sample = shards.shards[k]
+            good.append(unpack_tensors(sample, shards.read_sample.shapes))
+        except (ValueError, OSError):
+            continue  # named once a batch asks for it
+        captions.append(sample["txt"].decode().split("\n")[0])
+    if not good:
+        raise ValueError("no sample of these shards can be read: make them again with 26_prepare")
+    latents, text = ([one[name] for one in good] for name in ("latents", "text"))
+    return HeldOut(torch.stack(latents).float(), torch.stack([some[0] for some in text]).float(), captions)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-38
 def split_prompts(
