@@ -112,9 +112,18 @@ def _show_jpeg(picture: Image.Image, path: str | Path | None, scale: int = 1) ->
         _show(data, "jpeg", scale * picture.width)
 
 # %% ../../nbs/media/show.ipynb #show-22
-PLAYED = 2**23  # Pixels of all frames, more would be many megabytes of GIF
+PLAYED = 2**23  # Pixels of all frames; more would be many megabytes of GIF
 
 
+def _moving_grid(clips: torch.Tensor | list[torch.Tensor], titles: list[str] | None) -> torch.Tensor | None:
+    "Clips side by side, single frames standing still; None for pictures alone, clips of several sizes, or large ones."
+    t = max(clip.shape[1] for clip in clips)
+    clips = [clip.expand(-1, t, -1, -1) if clip.shape[1] == 1 else clip for clip in clips]
+    if t == 1 or len({clip.shape[1:] for clip in clips}) > 1 or sum(clip[0].numel() for clip in clips) > PLAYED:
+        return None
+    return clip_grid(clips, titles or [""] * len(clips), scale=1)
+
+# %% ../../nbs/media/show.ipynb #show-23
 def show_clips(
     clips: torch.Tensor | list[torch.Tensor],  # `b c t h w`, or a list of `c t h w`; uint8 or floats in [0, 1]
     titles: list[str] | None = None,           # One text a clip
@@ -126,16 +135,15 @@ def show_clips(
     if scale < 1:
         raise ValueError(f"scale={scale}: pass 1 or more")
     sheet = contact_sheet(clips, titles, frames, scale=1)
-    alike = len({clip.shape[1:] for clip in clips}) == 1 and clips[0].shape[1] > 1
-    if "JPY_SESSION_NAME" not in os.environ or not alike or sum(clip[0].numel() for clip in clips) > PLAYED:
+    grid = _moving_grid(clips, titles) if "JPY_SESSION_NAME" in os.environ else None
+    if grid is None:
         _show_jpeg(sheet, path, scale)
         return
     if path is not None:
         _write_jpeg(sheet, path)
-    grid = clip_grid(clips, titles or [""] * len(clips), scale=1)
     _show(gif_bytes(grid, fps=8), "gif", scale * grid.shape[3])
 
-# %% ../../nbs/media/show.ipynb #show-26
+# %% ../../nbs/media/show.ipynb #show-27
 def _titled_page(texts: list[list[str]], corners: list, size: tuple, below: int) -> torch.Tensor:
     "A white page of `size` (width, height) with lines of text `below` pixels below each corner; uint8 `3 h w`."
     page = Image.new("RGB", size, "white")
@@ -145,7 +153,7 @@ def _titled_page(texts: list[list[str]], corners: list, size: tuple, below: int)
             draw.text((x, y + below + 15 * k), line, fill="black", font=font)
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
-# %% ../../nbs/media/show.ipynb #show-27
+# %% ../../nbs/media/show.ipynb #show-28
 def clip_grid(
     clips: torch.Tensor | list[torch.Tensor],  # `b c t h w`, or a list of `c t h w` of one shape
     titles: list[str],                         # One text a clip, written below it
@@ -168,7 +176,7 @@ def clip_grid(
         grid[:, :, y : y + h, x : x + w] = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return grid
 
-# %% ../../nbs/media/show.ipynb #show-31
+# %% ../../nbs/media/show.ipynb #show-32
 def _keys_to_draw(rows: list[dict], x: str, y: list[str] | None, by: str) -> list[str]:
     "`y`, or every other key with numbers; ValueError for a key without numbers or a row without `by`."
     items = [item for row in rows for item in row.items()]
@@ -182,7 +190,7 @@ def _keys_to_draw(rows: list[dict], x: str, y: list[str] | None, by: str) -> lis
                          f"the rows hold {', '.join(numbers) or 'no numbers'}")
     return keys
 
-# %% ../../nbs/media/show.ipynb #show-34
+# %% ../../nbs/media/show.ipynb #show-35
 def _lines(rows: list[dict], x: str, y: str, by: str) -> dict:
     "Line for each value of the key `by` (one line if it is empty): its places on `x`, and the mean of `y` at each."
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
@@ -193,7 +201,7 @@ def _lines(rows: list[dict], x: str, y: str, by: str) -> dict:
         found.setdefault(row[by], {}).setdefault(row[x], []).append(row[y])
     return {label: (sorted(line), [np.mean(line[at]) for at in sorted(line)]) for label, line in found.items()}
 
-# %% ../../nbs/media/show.ipynb #show-36
+# %% ../../nbs/media/show.ipynb #show-37
 def plot_curves(
     rows: list[dict],                # Rows of a curve, one dict a row
     x: str = "step",                 # Key on the horizontal axis
@@ -219,14 +227,14 @@ def plot_curves(
     figure.savefig(data, format="png")
     _show_jpeg(Image.open(data), path)
 
-# %% ../../nbs/media/show.ipynb #show-40
+# %% ../../nbs/media/show.ipynb #show-41
 def _cell(value: object) -> str:
     "Text of a cell: floats with four digits, None as an empty cell."
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/media/show.ipynb #show-42
+# %% ../../nbs/media/show.ipynb #show-43
 class Table:
     "Rows as an HTML table in a notebook and as aligned text elsewhere; `columns` and `cells` hold the texts."
 
@@ -251,7 +259,7 @@ class Table:
         body = "\n".join(row(cells, "td") for cells in self.cells)
         return f"<table>\n{row(self.columns, 'th')}\n{body}\n</table>"
 
-# %% ../../nbs/media/show.ipynb #show-45
+# %% ../../nbs/media/show.ipynb #show-46
 def show_table(
     rows: list[dict],  # One dict a row; a missing key is an empty cell
 ) -> Table:            # Shown by a notebook if it is the last value of a cell
@@ -260,7 +268,7 @@ def show_table(
         raise ValueError("rows is empty: there is nothing to show")
     return Table(rows)
 
-# %% ../../nbs/media/show.ipynb #show-49
+# %% ../../nbs/media/show.ipynb #show-50
 class MarkdownTable(Table):
     "Rows as a Markdown table with left-aligned columns in a notebook, and as aligned text elsewhere."
 
@@ -270,7 +278,7 @@ class MarkdownTable(Table):
 
     _repr_html_ = None  # a notebook would prefer it
 
-# %% ../../nbs/media/show.ipynb #show-52
+# %% ../../nbs/media/show.ipynb #show-53
 def show_markdown(
     rows: list[dict],  # One dict a row; texts are Markdown, a missing key is an empty cell
 ) -> MarkdownTable:    # Shown by a notebook if it is the last value of a cell
@@ -279,7 +287,7 @@ def show_markdown(
         raise ValueError("rows is empty: there is nothing to show")
     return MarkdownTable(rows)
 
-# %% ../../nbs/media/show.ipynb #show-56
+# %% ../../nbs/media/show.ipynb #show-57
 def gif_bytes(
     clip: torch.Tensor,  # `c t h w`, uint8 or floats in [0, 1]; one channel is shown as grey
     fps: float,          # Frames a second
@@ -294,7 +302,7 @@ def gif_bytes(
     first.save(data, "GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     return data.getvalue()
 
-# %% ../../nbs/media/show.ipynb #show-59
+# %% ../../nbs/media/show.ipynb #show-60
 def play(
     clip: torch.Tensor,         # `c t h w`, uint8 or floats in [0, 1]
     fps: float = 8,             # Frames a second
