@@ -81,7 +81,9 @@ def browser(profile):
         page = Browser(f"http://127.0.0.1:{port}")
         found = page.call("session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
         page.session += f"/session/{found['sessionId']}"
-        yield page
-        urlopen(Request(page.session, method="DELETE"), timeout=60)
+        try:
+            yield page
+        finally:
+            urlopen(Request(page.session, method="DELETE"), timeout=60)  # ends Chromium, also after a failure
     finally:
         stop(driver)

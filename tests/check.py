@@ -191,6 +191,29 @@ def as_users_start_them(folder: Path) -> dict[str, Callable]:
         Image.fromarray(own[:, 0].permute(1, 2, 0).numpy()).save(folder / "own.png")
         in_a_shell("32_edit", f"video={folder / 'own.mp4'}", f"style={folder / 'own.png'}", "steps=4")
 
+    def own_videos() -> None:
+        "From videos with captions to a model of them, its ControlNet, and how well it knows them."
+        mine, made = folder / "mine", {name: folder / "of_mine" / name for name in ("vae", "clip", "shards", "unet")}
+        mine.mkdir()
+        for i, clip in enumerate(MovingShapes.full("test", 0, frames=16, size=(40, 60)).batch(range(5)).clips):
+            write_video(clip, mine / f"{i}.mp4", fps=8)
+            (mine / f"{i}.txt").write_text(f"video number{i} of a lake")
+        models = [f"vae={made['vae']}/weights", f"clip={made['clip']}/weights"]
+        in_a_shell("21_train_vae", f"data={mine}", f"out={made['vae']}")
+        in_a_shell("24_train_clip", "size=XS", "steps=4", f"data={mine}", f"out={made['clip']}")
+        in_a_shell("26_prepare", f"data={mine}", *models, f"out={made['shards']}")
+        in_a_shell("20_train_unet", f"data={made['shards']}", *models, "sample_every=2",
+                   "prompts=a lake | video number3", f"out={made['unet']}")
+        assert {path.name for path in (made["unet"] / "samples").iterdir()} == {"step-000002.jpg", "step-000004.jpg"}
+        in_a_shell("22_train_controlnet", f"model={made['unet']}/weights", f"data={made['shards']}", "conditions=canny",
+                   f"out={folder / 'of_mine' / 'control'}")
+        in_a_shell("23_train_style", f"model={made['unet']}/weights", f"data={made['shards']}",
+                   f"out={folder / 'of_mine' / 'style'}")
+        in_a_shell("34_recall", f"model={made['unet']}/weights", f"data={mine}", f"clip={made['clip']}/weights",
+                   "steps=2", f"out={folder / 'of_mine' / 'recall'}")
+        found = read_json(folder / "of_mine/recall/metrics.json")
+        assert found["clips"] == 5 and 5 < found["psnr_db"] < 40 and len(found["ranks"]["clip"]) == 5
+
     def train() -> None:
         in_two_forks(by_command, "run", "20_train_unet", f"out={folder / 'two'}", "--out", folder / "two.ipynb")
         assert (folder / "two.ipynb").exists() and read_json(folder / "two/config.json")["processes"] == 2
@@ -207,7 +230,8 @@ def as_users_start_them(folder: Path) -> dict[str, Callable]:
 
     return {"20_train_unet on two processes, by papermill": train, "22_train_controlnet by accelerate": accelerate,
             "30_generate by papermill": partial(by_command, "run", "30_generate", "--out", folder / "generate.ipynb"),
-            "32_edit, own video": edit, "41_table2_ucf101 on two processes": table}
+            "32_edit, own video": edit, "20 to 34, own videos": own_videos,
+            "41_table2_ucf101 on two processes": table}
 
 
 def run_notebooks(folder: Path) -> dict[str, Callable]:
@@ -215,7 +239,7 @@ def run_notebooks(folder: Path) -> dict[str, Callable]:
     ablations = {"50_ablation_unet": "", "51_ablation_moe": "both; 2 experts", "52_ablation_mec": "MEC; magnitude",
                  "55_ablation_start": "2D+1D, one FFN; centred"}
     same = (f"runs={folder / 'ablations'}", "first_seed=0", "held_out=1")  # their trainings are shared
-    fewer = {"31_control": ("steps=2",), "32_edit": ("steps=2",), "33_judge": ("steps=8",),
+    fewer = {"31_control": ("steps=2",), "32_edit": ("steps=2",), "33_judge": ("steps=8",), "34_recall": ("steps=2",),
              "56_ablation_decoder": ("only=image decoder, trained on; mapped consistency",),
              "54_excitations": ("n=1", "clips=1")}
     runs = [(path.stem, *fewer.get(path.stem, ())) for path in sorted((REPO / "nbs").glob("[2-6]?_*.ipynb"))

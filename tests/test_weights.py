@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel
+from diffusers import DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from versvideo.core.files import WEIGHTS
 from versvideo.models.pretrained import (
     adapter_config,
+    check_predicts_noise,
     load_image_unet,
     load_init,
     load_motion_adapter,
     video_config,
 )
+from versvideo.models.selection import select_weights
 from versvideo.models.unet import VersVideoUNet
 
 SMALL = dict(block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=6,
@@ -48,6 +50,48 @@ def state(unet):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("wide, widths, heads", [
+    (dict(block_out_channels=(16, 32), attention_head_dim=(2, 4)), (8, 16), (1, 2)),  # every second head, whole
+    (dict(block_out_channels=(16, 32), attention_head_dim=(2, 4)), (8, 16), (2, 4)),  # half of every head
+    (dict(block_out_channels=(18, 36), attention_head_dim=(2, 3), norm_num_groups=6), (12, 24), (2, 3)),  # two thirds
+])
+def test_a_narrower_video_unet_takes_channels_and_heads_of_a_pipeline(wide, widths, heads, tmp_path):
+    "Each of its frames is then treated as the selected image model treats it."
+    wide = image_unet(**wide)
+    wide.save_pretrained(tmp_path / "unet")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    config = video_config(wide.config) | dict(
+        block_out_channels=widths, head_dim=tuple(c // n for c, n in zip(widths, heads, strict=True)))
+    unet = VersVideoUNet(**config, experts=(2, 3)).eval()
+    before = state(unet)
+    report, = load_init(unet, str(tmp_path)).values()
+    assert report.selected and 0.3 < report.share < 0.9
+    loaded = sum(before[name].numel() for name in report.mapped.values())
+    assert report.share == pytest.approx(loaded / unet.num_parameters())
+    image = select_weights(wide, widths, heads)
+    z, text, step = torch.randn(2, 4, 3, 6, 5), torch.randn(2, 7, 6), torch.tensor([3, 700])
+    with torch.no_grad():
+        got = unet(z, step, text).sample
+        want = torch.stack([image(z[:, :, t], step, text).sample for t in range(3)], dim=2)
+    assert got.isfinite().all() and (got - want).abs().max() < 1e-5
+    assert all(torch.equal(state(unet)[name], before[name]) for name in report.kept)
+
+
+def test_a_model_of_the_velocity_is_refused(tmp_path):
+    image = image_unet()
+    image.save_pretrained(tmp_path / "unet")
+    DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+    unet = video_unet(image)
+    before = state(unet)
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(ValueError, match="prediction_type='v_prediction'.* take .*sd21"):
+            load_init(unet, str(folder))
+    assert same(state(unet), before)
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    check_predicts_noise(tmp_path)
+    load_init(unet, str(tmp_path))
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -90,6 +134,9 @@ def test_a_misfit_is_named_and_changes_nothing():
     for load, message in [
             (lambda: load_image_unet(unet, image_unet(block_out_channels=(8, 24))), "block_out_c"),
             (lambda: load_image_unet(unet, image_unet(cross_attention_dim=8)), "cross_attention"),
+            (lambda: load_image_unet(unet, image_unet(block_out_channels=(4, 8))), "8 channels of conv_in"),
+            (lambda: load_image_unet(unet, image_unet(block_out_channels=(16, 32), attention_head_dim=1)),
+             "2 attention heads cannot be selected from 1"),
             (lambda: load_image_unet(unet, image_unet(attention_head_dim=4)), "head_dim"),
             (lambda: load_motion_adapter(unet, motion_adapter(block_out_channels=(8, 24))),
              "do not fit"),

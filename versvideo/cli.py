@@ -17,6 +17,7 @@ from pathlib import Path
 from . import __version__
 from .core.checks import check_counts, check_numbers
 from .core.files import writable_folder
+from .core.threads import limit_threads
 
 # %% ../nbs/cli.ipynb #cli-06
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +234,7 @@ def main(
     args = parse(arguments)
     warnings.showwarning = lambda message, *place: print(f"Warning: {message}", file=sys.stderr)
     commands = dict(generate=generate, edit=edit, run=run, results=results)
+    limit_threads()
     try:
         commands[args.command](args)
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['narrow', 'checksum', 'scan_tar', 'check_layout', 'TarIndex', 'is_complete', 'need_tar_writer', 'write_shard',
-           'start_folder', 'shard_ranges', 'write_shards', 'make_samples', 'open_index', 'Shards']
+           'start_folder', 'shard_ranges', 'write_shards', 'make_samples', 'part_paths', 'write_parts', 'open_index',
+           'Shards']
 
 # %% ../../nbs/data/shards.ipynb #shards-03
 import json
@@ -198,26 +199,16 @@ def shard_ranges(
 
 # %% ../../nbs/data/shards.ipynb #shards-39
 def write_shards(
-    make: Callable,
-    n: int,
-    folder: str | Path,
-    per_shard: int = 1000,
-    processes: PartialState | None = None,
-    about: dict | None = None,
-) -> Path:
-    """Write samples 0 to n - 1 as shard-000000.tar and so on; shards that exist are kept. Returns the folder.
+    make: Callable,  # `(numbers) -> samples`, a range to as many dicts of file ending and bytes, None to leave one out
+    n: int,          # Samples in all
+    folder: str | Path,     # Of the shards; made if it does not exist
+    per_shard: int = 1000,  # Samples in a tar
+    processes: PartialState | None = None,  # Of accelerate, each writes its share; None: this process writes all
+    about: dict | None = None,  # What the samples are, kept in made.json; a folder is never continued with others
+    parts: dict | None = None,  # Name of each subfolder to more about its samples, which name it as "__part__"
+) -> Path:                      # The folder
+    """Write samples 0 to n - 1 as shard-000000.tar and so on; shards that exist are kept.
 
-    Parameters
-    ----------
-    make : `(numbers) -> samples`, a range to as many dicts of file ending and bytes, None to leave a sample out
-    n : number of samples in all
-    folder : of the shards; made if it does not exist
-    per_shard : samples in a tar
-    processes : of accelerate, each writes its share of the shards; None: this process writes all
-    about : what the samples are, kept in made.json; a folder is never continued with other samples
-
-    Raises
-    ------
     ValueError if the folder holds other samples; RuntimeError if shards of another process are missing.
     """
     need_tar_writer()
@@ -225,16 +216,18 @@ def write_shards(
     if n < 1 or per_shard < 1:
         raise ValueError(f"n={n}, per_shard={per_shard}: give at least 1 each")
     rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
-    start_folder(folder, dict(n=n, per_shard=per_shard, about=about or {}), rank, world)
-    paths = shard_ranges(folder, n, per_shard)
+    for name, more in ({"": {}} | (parts or {})).items():
+        start_folder(folder / name, dict(n=n, per_shard=per_shard, about=(about or {}) | more), rank, world)
+    paths, names = shard_ranges(folder, n, per_shard), list(parts or [""])
     for path in progress(list(paths)[rank::world], "shards"):
-        if not is_complete(path):
-            write_shard(path, make_samples(make, paths[path]))
+        if not all(is_complete(place) for place in part_paths(path, names)):
+            write_parts(path, make_samples(make, paths[path]), names)
     if processes:
         processes.wait_for_everyone()
-    missing = [path for path in paths if not is_complete(path)]
+    places = [place for path in paths for place in part_paths(path, names)]
+    missing = [place for place in places if not is_complete(place)]
     if missing:
-        raise RuntimeError(f"{len(missing)} of {len(paths)} shards are missing in {folder}: run it again, "
+        raise RuntimeError(f"{len(missing)} of {len(places)} shards are missing in {folder}: run it again, "
                            "shards that exist are kept")
     return folder
 
@@ -250,7 +243,28 @@ def make_samples(
                          f"return {len(numbers)}, None for one that cannot be made")
     return dict(zip(numbers, samples, strict=True))
 
-# %% ../../nbs/data/shards.ipynb #shards-46
+# %% ../../nbs/data/shards.ipynb #shards-41
+def part_paths(
+    path: Path,   # Of a shard in the folder of the set
+    names: list,  # Of the parts; one empty name where there are none
+) -> list[Path]:
+    "Where the shard of each part is."
+    return [path.parent / name / path.name for name in names]
+
+# %% ../../nbs/data/shards.ipynb #shards-42
+def write_parts(
+    path: Path,     # Of a shard in the folder of the set
+    samples: dict,  # Number to sample, as of `make_samples`
+    names: list,    # Of the parts; one empty name where there are none
+) -> None:
+    "Write the shard of each part, without the samples of the others; ValueError for one that names no part."
+    part = {i: sample.get("__part__", "") for i, sample in samples.items() if sample is not None}
+    if wrong := set(part.values()) - set(names):
+        raise ValueError(f"samples have __part__={sorted(wrong)}: name one of {names}")
+    for name, place in zip(names, part_paths(path, names), strict=True):
+        write_shard(place, {i: sample if part.get(i) == name else None for i, sample in samples.items()})
+
+# %% ../../nbs/data/shards.ipynb #shards-53
 def open_index(
     path: Path,  # Of a tar
 ) -> tuple:      # A `TarIndex`, and why its samples are not checked; empty if they are
@@ -264,7 +278,7 @@ def open_index(
             reason = f"{beside.name}: {error!r}".replace(str(beside), beside.name)
     return TarIndex(scan_tar(path), size), reason
 
-# %% ../../nbs/data/shards.ipynb #shards-49
+# %% ../../nbs/data/shards.ipynb #shards-56
 class Shards:
     """The samples of a folder of tars, by their numbers: `shards[i]`, `len(shards)`.
 

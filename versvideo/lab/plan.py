@@ -219,7 +219,8 @@ def launch_command(
 ) -> str:
     "The command that trains the UNet of a size."
     out = f"results/20_train_unet-{size}-s0"
-    run = f"versvideo run nbs/20_train_unet.ipynb size={size} out={out}"
+    start = "" if SIZES[size].base in SIZES else f" init={SIZES[size].base}"  # the image model of the size
+    run = f"versvideo run nbs/20_train_unet.ipynb size={size}{start} out={out}"
     if processes == 1:
         return f"{run} --out {out}.ipynb"
     cluster = (f" --num_machines {machines} --machine_rank $RANK --main_process_ip $ADDRESS --main_process_port 29500"

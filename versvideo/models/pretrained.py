@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'MUST_AGREE', 'check_family', 'video_config',
-           'translate', 'Report', 'fit_weight', 'load_translated', 'pretrained', 'load_image_unet', 'adapter_config',
-           'load_motion_adapter', 'is_video_unet', 'load_video_unet', 'source_of', 'load_init']
+           'translate', 'Report', 'fit_weight', 'load_translated', 'pretrained', 'own_config', 'check_predicts_noise',
+           'load_image_unet', 'adapter_config', 'load_motion_adapter', 'source_config', 'load_video_unet', 'source_of',
+           'load_init', 'is_selected']
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-03
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel
+from diffusers import DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from torch import nn
 
 from ..core.files import WEIGHTS
-from .sizes import SD15, SD21, SIZES
+from .selection import select_weights
+from .sizes import SD15, SD21, SIZES, WIDE
 from .unet import VersVideoUNet
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-06
@@ -114,15 +116,19 @@ class Report:
     mapped: dict    # Key of the other model to key of the video model
     computed: list  # Keys of the other model that the video model computes instead
     kept: list      # Keys of the video model that nothing was loaded into
+    share: float    # Of the video model's parameters that are loaded
+    selected: bool = False  # Whether they are some of the channels and heads of a wider model
 
     def rows(self) -> list[dict]:
-        "For `show_table`: the number of keys of each kind, and an example."
-        examples = dict(
-            mapped=" → ".join(next(iter(self.mapped.items()))),
-            computed="".join(self.computed[:1]),
-            kept="".join(self.kept[:1]),
-        )
-        return [dict(kind=kind, keys=len(getattr(self, kind)), example=text) for kind, text in examples.items()]
+        "For `show_table`: the number of keys of each kind, their share of the video model's parameters, an example."
+        kind = "selected" if self.selected else "mapped"
+        found = {
+            kind: (self.mapped, f"{self.share:.1%}", " → ".join(next(iter(self.mapped.items())))),
+            "computed": (self.computed, "", "".join(self.computed[:1])),
+            "kept": (self.kept, f"{1 - self.share:.1%}", "".join(self.kept[:1])),
+        }
+        return [dict(kind=kind, keys=len(keys), parameters=share, example=example)
+                for kind, (keys, share, example) in found.items()]
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-23
 def fit_weight(
@@ -163,7 +169,8 @@ def load_translated(
                          "adapter_config(...)")
     for name, value in values.items():
         mine[name].copy_(value)
-    return Report(mapped, [k for k in weights if k not in mapped], [n for n in mine if n not in values])
+    share = sum(mine[name].numel() for name in values) / sum(place.numel() for place in mine.values())
+    return Report(mapped, [k for k in weights if k not in mapped], [n for n in mine if n not in values], share)
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-29
 def pretrained(
@@ -183,11 +190,37 @@ def pretrained(
                                 "give its folder or its hub id") from error
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-31
+def own_config(
+    unet: VersVideoUNet,
+) -> dict:
+    "The config of a video UNet, with one entry for each level as `video_config` has them."
+    levels = len(unet.config.block_out_channels)
+    per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    names = "head_dim", "attention_levels", "block_out_channels"
+    return dict(unet.config) | {name: per_level(unet.config[name]) for name in names}
+
+# %% ../../nbs/models/pretrained.ipynb #pretrained-35
+def check_predicts_noise(
+    source: str | Path,  # Folder or hub id of a pipeline, or the folder of its UNet; one without a scheduler passes
+) -> None:
+    "ValueError if the scheduler of a pipeline says that its UNet predicts something else than the noise."
+    source = Path(source).parent if (Path(source) / "config.json").exists() else source
+    try:
+        kind = DDIMScheduler.load_config(source, subfolder="scheduler").get("prediction_type", "epsilon")
+    except OSError:
+        return
+    if kind != "epsilon":
+        raise ValueError(f"the UNet of {source} has prediction_type={kind!r}, VersVideo predicts the noise (epsilon): "
+                         "take a model that does, such as sd21 (the base model of Stable Diffusion 2.1) or sd15")
+
+# %% ../../nbs/models/pretrained.ipynb #pretrained-38
 def load_image_unet(
     unet: VersVideoUNet,  # Changed in place
     image: UNet2DConditionModel | str | Path,  # The model, its folder, or the folder or hub id of its pipeline
 ) -> Report:
-    """Load an image UNet of the same widths; each frame is then treated exactly as the image UNet treats an image.
+    """Load an image UNet; each frame is then treated exactly as the image UNet treats an image.
+
+    Of an image UNet with other widths, channels and heads are selected first (`select_weights`).
 
     Parameters
     ----------
@@ -202,23 +235,25 @@ def load_image_unet(
     Raises
     ------
     ValueError
-        For other widths, with nothing changed.
+        For another shape that cannot be selected from, or a model of the velocity, with nothing changed.
     FileNotFoundError
         Where no model is found.
     """
+    if not isinstance(image, UNet2DConditionModel):
+        check_predicts_noise(image)
     image = pretrained(UNet2DConditionModel, image, subfolder="unet")
-    for name, value in video_config(image.config).items():
-        mine = getattr(unet.config, name)
-        if name == "head_dim" and isinstance(mine, int):
-            mine = (mine,) * len(value)
-        if name in ("head_dim", "attention_levels", "block_out_channels"):
-            mine = tuple(mine)
-        if mine != value:
-            raise ValueError(f"the image UNet has {name}={value}, the video UNet {mine}: make one that fits with "
-                             "VersVideoUNet(**video_config(image.config))")
-    return load_translated(unet, image.state_dict(), IMAGE_NAMES)
+    found, mine = video_config(image.config), own_config(unet)
+    selected = found["block_out_channels"] != mine["block_out_channels"]
+    for name, value in found.items():
+        if mine[name] != value and not (selected and name in ("block_out_channels", "head_dim")):
+            raise ValueError(f"the image UNet has {name}={value}, the video UNet {mine[name]}: take the image model of "
+                             "the size, or make a UNet that fits with VersVideoUNet(**video_config(image.config))")
+    if selected:
+        widths, head_dim = mine["block_out_channels"], mine["head_dim"]
+        image = select_weights(image, widths, tuple(c // d for c, d in zip(widths, head_dim, strict=True)))
+    return replace(load_translated(unet, image.state_dict(), IMAGE_NAMES), selected=selected)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-41
+# %% ../../nbs/models/pretrained.ipynb #pretrained-51
 def adapter_config(
     image: dict,    # Config of a `UNet2DConditionModel`
     adapter: dict,  # Config of a `MotionAdapter`
@@ -245,7 +280,7 @@ def adapter_config(
                          f"here it must be { {name: wanted[name] for name in wrong} }")
     return config | dict(temporal_levels=(True,) * len(widths), temporal_attentions=2)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-44
+# %% ../../nbs/models/pretrained.ipynb #pretrained-54
 def load_motion_adapter(
     unet: VersVideoUNet,                   # Changed in place
     adapter: MotionAdapter | str | Path,   # The model, its folder or its hub id
@@ -258,21 +293,21 @@ def load_motion_adapter(
             nn.init.zeros_(unet.get_submodule(name.removesuffix(".proj_in.weight")).position_gain)
     return report
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-51
+# %% ../../nbs/models/pretrained.ipynb #pretrained-61
 HUB = {"sd15": SD15, "sd21": SD21, "adapter": "guoyww/animatediff-motion-adapter-v1-5-2"}
 
 
-def is_video_unet(
+def source_config(
     source: str | Path,  # Folder of a model, or folder or hub id of a pipeline
-) -> bool:
-    "Whether the source holds a `VersVideoUNet`, by its config."
+) -> dict:               # Empty if there is none
+    "The config of a UNet."
     where = {} if (Path(source) / "config.json").exists() else dict(subfolder="unet")
     try:
-        return VersVideoUNet.load_config(source, **where).get("_class_name") == "VersVideoUNet"
+        return VersVideoUNet.load_config(source, **where)
     except OSError:
-        return False
+        return {}
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-54
+# %% ../../nbs/models/pretrained.ipynb #pretrained-64
 MUST_AGREE = (
     "in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels",
     "temporal_attentions", "head_dim", "cross_attention_dim",
@@ -292,7 +327,7 @@ def load_video_unet(
                              "choose the size that it was trained at")
     return load_translated(unet, video.state_dict(), {})
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-57
+# %% ../../nbs/models/pretrained.ipynb #pretrained-67
 def source_of(
     name: str,  # A name in `HUB`, a size that comes with weights, or anything else
 ) -> str:       # Folder or hub id; other names as they are
@@ -300,12 +335,24 @@ def source_of(
     stored = WEIGHTS / name
     return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-58
+# %% ../../nbs/models/pretrained.ipynb #pretrained-68
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size
 ) -> dict:                # Source to its `Report`
     "Load the weights that a training run starts from."
     image, _, adapter = map(source_of, init.partition("+"))
-    reports = {image: (load_video_unet if is_video_unet(image) else load_image_unet)(unet, image)}
+    is_video = source_config(image).get("_class_name") == "VersVideoUNet"
+    reports = {image: (load_video_unet if is_video else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})
+
+# %% ../../nbs/models/pretrained.ipynb #pretrained-72
+def is_selected(
+    widths: tuple,  # Channels of each level of the video UNet
+    init: str,      # As of `load_init`; empty: nothing is loaded
+) -> bool:
+    "Whether `init` is an image UNet of other widths, of which channels and heads are selected."
+    source = source_of(init.partition("+")[0])
+    known = dict(block_out_channels=WIDE) if source in (SD15, SD21) else source_config(source) if init else {}
+    is_video = known.get("_class_name") == "VersVideoUNet"
+    return not is_video and tuple(known.get("block_out_channels", widths)) != tuple(widths)

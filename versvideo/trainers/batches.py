@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ..core.files import repo_path
+from ..core.records import read_json
 from ..data.batches import LatentBatches, is_image_index
+from ..data.buckets import BucketBatches
 from .loading import encoder_digests
 
 # %% ../../nbs/trainers/batches.ipynb #batches-06
@@ -61,21 +63,23 @@ def embed_batch(
 # %% ../../nbs/trainers/batches.ipynb #batches-19
 def open_shards(
     data: str,  # Folder that 26_prepare made, relative to the repository
-    shape: tuple,  # Frames, height and width of its clips
+    shape: tuple,  # Frames, height and width of its clips; buckets may have others
     vae: nn.Module,  # Autoencoder of the training
     text_encoder: nn.Module,  # Text encoder of the training
     batch_size: int,  # Clips in a batch
     seed: int,  # Of the order
     fraction: float = 0.0,  # Share of the batches that are images
-) -> LatentBatches:  # `(batch_index, image) -> dict` of latents and text
+) -> LatentBatches | BucketBatches:  # `(batch_index, image) -> dict` of latents and text
     "Batches from shards; FileNotFoundError without them, ValueError for another shape or other encoders."
     if not (repo_path(data) / "made.json").is_file():
         raise FileNotFoundError(f"{data} has no made.json: give a folder of shards that 26_prepare made")
-    shards = LatentBatches(repo_path(data), batch_size, seed, fraction)
-    asked = encoder_digests(vae, text_encoder) | dict(shape=list(shape))
+    several = "buckets" in read_json(repo_path(data) / "made.json")["about"]
+    shards = (BucketBatches if several else LatentBatches)(repo_path(data), batch_size, seed, fraction)
+    asked = encoder_digests(vae, text_encoder) | ({} if several else dict(shape=list(shape)))
     other = [name for name, value in asked.items() if shards.about.get(name) != value]
     if other:
         raise ValueError(f"{data} was made with another {', '.join(other)} than is trained with here: make shards with "
-                         f"26_prepare for clips of {asked['shape']}, with the same vae= and clip=")
-    print(f"{len(shards.shards)} samples in {len(shards.shards.paths)} shards")
+                         f"26_prepare for clips of {list(shape)}, with the same vae= and clip=")
+    for name, part in (shards.parts if several else {"": shards}).items():
+        print(f"{len(part.shards)} samples in {len(part.shards.paths)} shards", name and f"of bucket {name}")
     return shards

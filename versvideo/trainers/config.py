@@ -29,6 +29,8 @@ class FitConfig:
     pretrained_share: float = 1.0  # Factor on `lr` for pretrained parameters; 0 freezes them
     accumulate: int = 1  # Batches a process takes in each step
     compile: bool = False  # Compile the model with torch.compile
+    save_minutes: float = 10.0  # A checkpoint is written at the latest so long after the last one
+    sample_every: int = 0  # Steps between drawn samples; 0: with each checkpoint
     keep: int = 2  # Number of newest checkpoints that are kept
     explode: float = 1000.0  # Skip a step whose loss is this many times the usual one (after 20 steps)
     skips: int = 10  # Largest number of skipped steps; one more stops the run
@@ -42,4 +44,5 @@ class FitConfig:
         prefetch(abs, [], self.workers)  # raises for a number of workers that cannot be used
 
 # %% ../../nbs/trainers/config.ipynb #config-10
-MAY_CHANGE = ("log_every", "save_every", "keep", "skips", "compile", "workers", "track", "accumulate")
+MAY_CHANGE = ("log_every", "save_every", "save_minutes", "sample_every", "keep", "skips", "compile", "workers", "track",
+              "accumulate")

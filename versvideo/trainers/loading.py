@@ -135,12 +135,13 @@ def base_of(
 # %% ../../nbs/trainers/loading.ipynb #loading-19
 def load_image_vae(
     size: str,  # A row of SIZES
-    vae: str = "",  # Folder or hub id of an image autoencoder; empty: the size's own
+    vae: str = "",  # Folder or hub id of an image autoencoder, or a size such as XS; empty: the size's own
 ) -> AutoencoderKL:
     """The image autoencoder that the decoder of this size is built around, in evaluation mode.
 
     FileNotFoundError where it cannot be read; ValueError for another kind of model.
     """
+    size, vae = (vae, "") if vae in SIZES else (size, vae)
     home, part = base_of(size), "vae"
     if isinstance(home, Path):
         part = "image_vae"  # `vae` is the one with the trained decoder
@@ -204,6 +205,7 @@ def load_frozen(
     Raises
     ------
     FileNotFoundError : for a folder that is missing or cannot be read
+    ValueError : for a text encoder of another width than the UNet takes
     """
     for name, folder in dict(vae=vae, clip=clip).items():
         if folder and not repo_path(folder).is_dir():
@@ -218,6 +220,10 @@ def load_frozen(
         raise FileNotFoundError(
             f"size {size} is trained on the autoencoder of {vae or base} and the text encoder of {home}, which cannot "
             f"be read ({error}; weights come from .safetensors alone): give their folders as vae= and clip=") from error
+    width, needed = text_encoder.config.hidden_size, SIZES[size].unet["cross_attention_dim"]
+    if width != needed:
+        raise ValueError(f"{clip=} has text tokens of width {width}, the UNet of size {size} takes {needed}: give one "
+                         "that was trained for this size")
     return image_vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/trainers/loading.ipynb #loading-28

@@ -171,6 +171,7 @@ def write_run(
     write_json(folder / "metrics.json", metrics)
     if rows:
         write_csv(folder / "curve.csv", rows)
+    print(f"the record is in {folder}", flush=True)
 
 # %% ../../nbs/trainers/log.ipynb #log-27
 def curve_ends(

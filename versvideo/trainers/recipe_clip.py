@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_RUNS', 'ClipRun', 'resolve_clip', 'clip_to_train', 'look', 'scene', 'twin', 'draw_frames', 'clip_worlds',
-           'ClipBatches', 'measure_retrieval', 'plain_caption', 'read_frames', 'measure_reading', 'measure_styles']
+           'cut_padding', 'ClipBatches', 'own_tokenizer', 'OwnBatches', 'measure_retrieval', 'measure_own',
+           'plain_caption', 'read_frames', 'measure_reading', 'measure_styles']
 
 # %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-03
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ import torch
 from ..core.checks import pick
 from ..core.files import WEIGHTS, repo_path
 from ..core.progress import progress
+from ..data.own_clips import OwnClips
 from versvideo.models.text import (
     ClipSize, build_clip, clip_size, embed_frames, embed_text, join_clip, load_clip, preprocess_frames,
 )
-from ..models.tokenizer import drop_words, tokenize
+from ..models.tokenizer import build_tokenizer, drop_words, split_words, tokenize
 from .batches import batch_seed
 from .config import FitConfig
 from .objectives import label_rows, retrieval_accuracy
@@ -131,6 +133,15 @@ def clip_worlds(
             MovingShapes(split, seed, frames=4, size=size.image, styles=styles)]
 
 # %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-25
+def cut_padding(
+    ids: dict,  # Name to token ids `b n`
+    tokenizer,
+) -> dict:  # The same, with n that of the longest
+    "Token ids without the padding that all of them have."
+    longest = max(int((i != tokenizer.pad_token_id).sum(dim=1).max()) for i in ids.values())
+    return {k: v[:, :longest] for k, v in ids.items()}
+
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-27
 class ClipBatches:
     "The `batch_fn` of `fit`: a batch as `clip_objective` takes it."
 
@@ -178,12 +189,49 @@ class ClipBatches:
         shown, scenes = [self.truths[i] for i in clips], self.pick_scenes(g)
         ids = {"captions": self.wordings(shown, g), "first": self.wordings(scenes, g),
                "second": self.wordings(scenes, g)}
-        longest = max(int((i != self.tokenizer.pad_token_id).sum(dim=1).max()) for i in ids.values())
         pixels = preprocess_frames(self.frames[clips, :, when][:, :, None], self.size.image)[:, :, 0]
-        return {"pixels": pixels, "looks": label_rows(map(look, shown)), "scenes": label_rows(map(scene, scenes)),
-                **{k: v[:, :longest] for k, v in ids.items()}}
+        labels = {"looks": label_rows(map(look, shown)), "scenes": label_rows(map(scene, scenes))}
+        return {"pixels": pixels} | labels | cut_padding(ids, self.tokenizer)
 
-# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-29
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-31
+def own_tokenizer(
+    own: OwnClips,
+):  # A word-level tokenizer
+    "A tokenizer that knows the words of these captions."
+    texts = [text for texts in own.captions for text in texts]
+    longest = max(len(split_words(text)) for text in texts) + 2
+    return build_tokenizer(texts, min(max(longest, 32), 77))
+
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-34
+@dataclass
+class OwnBatches:
+    "The `batch_fn` of `fit` on your own clips: a batch as `clip_objective` takes it."
+
+    run: ClipRun
+    size: ClipSize
+    tokenizer: object  # Of `own_tokenizer`
+    own: OwnClips
+    seed: int = 0
+
+    def wordings(self, clips: torch.Tensor, g: torch.Generator) -> torch.Tensor:  # `b n`
+        "Token ids of one random caption of each clip, some words hidden."
+        texts = [self.own.captions[i] for i in clips]
+        texts = [one[torch.randint(len(one), (), generator=g)] for one in texts]
+        return drop_words(tokenize(self.tokenizer, texts), self.run.drop, self.tokenizer, g)
+
+    def __call__(self, step: int, batch_index: int) -> dict:
+        g = torch.Generator().manual_seed(batch_seed(self.seed, batch_index))
+        shown = torch.randint(len(self.own), (self.run.batch,), generator=g)
+        when = torch.randint(self.own.clips.shape[2], (self.run.batch,), generator=g)
+        scenes = torch.randint(len(self.own), (self.run.batch // 2,), generator=g)
+        ids = {"captions": self.wordings(shown, g), "first": self.wordings(scenes, g),
+               "second": self.wordings(scenes, g)}
+        pixels = preprocess_frames(self.own.clips[shown, :, when][:, :, None], self.size.image)[:, :, 0]
+        labels = {"looks": label_rows(self.own.captions[i] for i in shown),
+                  "scenes": label_rows(self.own.captions[i] for i in scenes)}
+        return {"pixels": pixels} | labels | cut_padding(ids, self.tokenizer)
+
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-38
 def measure_retrieval(
     towers: tuple,  # Text encoder, image encoder, tokenizer
     world: MovingShapes,
@@ -207,7 +255,24 @@ def measure_retrieval(
         found[f"tell_{what}"] = ((said * again).sum(1) > (said * wrong).sum(1)).float().mean().item()
     return found
 
-# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-33
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-42
+def measure_own(
+    towers: tuple,  # Text encoder, image encoder, tokenizer
+    own: OwnClips,
+) -> dict:
+    "Shares of right answers on the clips that were trained on, by their middle frames and first captions."
+    text_encoder, image_encoder, tokenizer = towers
+    middle = own.clips.shape[2] // 2
+    shown = embed_frames(image_encoder, own.clips[:, :, [middle]])[:, 0]
+    said = embed_text(text_encoder, tokenizer, [texts[0] for texts in own.captions])
+    likeness, labels = shown @ said.T, label_rows(texts[0] for texts in own.captions)
+
+    def right(likeness):
+        return (labels[likeness.argmax(dim=1).cpu()] == labels).float().mean().item()
+
+    return dict(frame_to_caption=right(likeness), caption_to_frame=right(likeness.T))
+
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-45
 def plain_caption(
     colour: str,
     shape: str,
@@ -218,7 +283,7 @@ def plain_caption(
     thing = {"colour": colour, "shape": shape, "motion": motion, "size": "medium", "style": "flat"}
     return caption({"objects": [thing], "background": background, "texture": "plain", "pan": None})
 
-# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-34
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-46
 def read_frames(
     towers: tuple,  # Text encoder, image encoder, tokenizer
     frames: torch.Tensor,  # `n 3 h w`, uint8 or in [0, 1]
@@ -231,7 +296,7 @@ def read_frames(
     nearest = (embed_frames(image_encoder, frames[:, :, None])[:, 0] @ sentences.T).argmax(dim=1)
     return [classes[i] for i in nearest.tolist()]
 
-# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-37
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-49
 def measure_reading(
     read: list,  # Of `read_frames`
     truths: list,  # Attributes of their clips
@@ -243,7 +308,7 @@ def measure_reading(
         found[f"read_{name}"] = sum(r[i] == t for r, t in zip(read, true, strict=True)) / len(truths)
     return found
 
-# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-38
+# %% ../../nbs/trainers/recipe_clip.ipynb #recipe-clip-50
 def measure_styles(
     towers: tuple,  # Text encoder, image encoder, tokenizer
     frames: torch.Tensor,  # `n 3 h w`, of single objects

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'CONTROL_RUNS', 'ControlPlan', 'resolve_control', 'style_share', 'condition_channels', 'ConditionMaker',
            'draw_strengths', 'draw_scales', 'build_control', 'copied_parameters', 'draw_given', 'conditions_of_styled',
-           'ControlBatches', 'part_of', 'ControlLoss']
+           'ControlBatches', 'part_of', 'ControlLoss', 'ControlSamples']
 
 # %% ../../nbs/trainers/recipe_controlnet.ipynb #recipe-controlnet-03
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, embed_batch
 from .config import FitConfig
 from .objectives import denoising_loss
-from .recipes import SMOKE, ShapesData, change_settings, clips_for, large_settings
+from .recipes import SMOKE, ShapesData, change_settings, clips_for, draw_samples, large_settings
 from .style_pictures import StylePictures
 from ..world.shapes import MovingShapes, ShapesBatch
 from ..world.truth import TRUE_MAPS, true_maps
@@ -318,3 +318,22 @@ class ControlLoss:
                                   mid_block_additional_residual=middle, **extra)
 
         return denoising_loss(controlled, self.pipe.scheduler, latents, text, self.plan.shift, self.plan.max_weight)
+
+# %% ../../nbs/trainers/recipe_controlnet.ipynb #recipe-controlnet-53
+@dataclass
+class ControlSamples:
+    "The `sample` of `fit`: two clips along a condition, each after the condition."
+
+    pipe: VersVideoPipeline  # Frozen
+    maps: dict  # Condition to `n c t h w`, of at least two clips
+    captions: list  # Texts, at least one
+
+    def __call__(self, control: VersVideoControlNet, rank: int) -> tuple:  # Clips `4 3 t h w` in [0, 1], titles
+        "Ten steps, with noise that depends on the process alone."
+        name = list(self.maps)[rank % len(self.maps)]
+        some, prompts = self.maps[name][:2], [self.captions[i % len(self.captions)] for i in range(2)]
+        pipe = VersVideoPipeline(**self.pipe.components | dict(controlnet=control))
+        drawn = draw_samples(pipe, prompts[: len(some)], rank, steps=10, conditions={name: some})
+        shown = some[:, :3].to(drawn).expand(-1, 3, -1, -1, -1)
+        clips = torch.stack([shown, drawn], dim=1).flatten(0, 1)
+        return clips, [text for prompt in prompts[: len(some)] for text in (name, prompt)]

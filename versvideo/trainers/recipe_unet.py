@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNET_RUNS', 'UNetPlan', 'resolve_unet', 'build_unet', 'ShapesBatches', 'has_images', 'ShardBatches', 'UNetLoss',
-           'UNetValidation', 'assemble']
+           'UNetValidation', 'UNetSamples', 'assemble']
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-03
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import nn
 from ..core.checks import pick
 from ..data.batches import LatentBatches
 from ..models.contracts import Denoiser
-from ..models.pretrained import load_init
+from ..models.pretrained import is_selected, load_init
 from ..models.sizes import SIZES, Size, leave_out
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
@@ -26,7 +26,7 @@ from .batches import batch_seed, draw_latents, embed_batch, is_image_batch
 from .config import FitConfig
 from .objectives import denoising_loss, training_scheduler
 from versvideo.trainers.recipes import (
-    SMOKE, HeldOut, ShapesData, Validation, change_settings, clips_for, large_settings,
+    SMOKE, HeldOut, ShapesData, Validation, change_settings, clips_for, draw_samples, large_settings,
 )
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-06
@@ -60,11 +60,11 @@ UNET_RUNS = {
 def resolve_unet(
     size: str,  # A row of `UNET_RUNS`
     experts: int = 0,  # N and M alike; 0 keeps the size's own numbers
-    image_steps: int = -1,  # Steps with images alone; -1: the size's share of the steps, none with `init`
+    image_steps: int = -1,  # Steps with images alone; -1: the size's share of the steps, none where `init` fits whole
     image_rank_fraction: float = 0.25,  # Share of image batches after that
     style_dropout: float = 0.0,  # Share of captions that leave the drawing style out
     init: str = "",  # What the weights start from; empty: random weights
-    pretrained_share: float = 0.1,  # Of the learning rate, for what `init` loads
+    pretrained_share: float = -1,  # Of the learning rate, for what `init` loads; -1: 0.1, or 1 where it is selected
     without: str = "",  # Parts left out, as of `leave_out`
     clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
@@ -74,9 +74,11 @@ def resolve_unet(
     if image_steps < -1 or not 0 <= style_dropout <= 1:
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
     unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
-    new = change_settings(cfg, pretrained_share=pretrained_share if init else 1.0, **changes)
-    if image_steps < 0:  # a shorter run starts with fewer; what is loaded knows images
-        image_steps = 0 if init else plan.image_steps * new.steps // cfg.steps
+    whole = init and not is_selected(unet["block_out_channels"], init)
+    share = pretrained_share if init and pretrained_share != -1 else 0.1 if whole else 1.0
+    new = change_settings(cfg, pretrained_share=share, **changes)
+    if image_steps < 0:  # a shorter run starts with fewer; what is loaded whole knows images
+        image_steps = 0 if whole else plan.image_steps * new.steps // cfg.steps
     plan = replace(plan, clips=clips_for(new, plan.clips, clips), image_steps=image_steps, style_dropout=style_dropout,
                    image_rank_fraction=image_rank_fraction)
     return replace(SIZES[size], unet=unet), new, plan
@@ -140,49 +142,56 @@ class ShardBatches:
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-24
 @dataclass
 class UNetLoss:
-    "The `loss_fn` of `fit`: the denoising loss, and the plain error named after what it was measured on."
+    """The `loss_fn` of `fit`: the denoising loss, and the plain error named after what it was measured on.
+
+    The errors of each quarter of the diffusion steps are named likewise, `clip_error_from_250`.
+    """
 
     text_encoder: nn.Module  # Frozen
     no_text: torch.Tensor  # Token ids of the empty text
     plan: UNetPlan
     scheduler: object  # Noise schedule
 
-    def __call__(self, unet: Denoiser, batch: dict) -> dict:  # "loss" and "image_error" or "clip_error"
-        image = batch["latents"].shape[2] == 1
+    def __call__(self, unet: Denoiser, batch: dict) -> dict:  # "loss", "image_error" or "clip_error", and more
+        kind = "image" if batch["latents"].shape[2] == 1 else "clip"
         text = embed_batch(batch, self.text_encoder, self.no_text)
-        losses = self.measure(unet, batch["latents"], text, 1.0 if image else None)
-        return {"loss": losses["loss"], ("image_error" if image else "clip_error"): losses["error"]}
+        losses = self.measure(unet, batch["latents"], text, 1.0 if kind == "image" else None, by_step=True)
+        return {name if name == "loss" else f"{kind}_{name}": value for name, value in losses.items()}
 
-    def measure(self, unet: Denoiser, latents: torch.Tensor, text: torch.Tensor, shift: float | None = None) -> dict:
+    def measure(self, unet: Denoiser, latents: torch.Tensor, text: torch.Tensor, shift: float | None = None,
+                by_step: bool = False) -> dict:
         "`denoising_loss` with the noise of this plan; `shift` None is that of clips."
         shift = self.plan.shift if shift is None else shift
-        return denoising_loss(unet, self.scheduler, latents, text, shift, self.plan.max_weight)
+        return denoising_loss(unet, self.scheduler, latents, text, shift, self.plan.max_weight, by_step)
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-27
 @dataclass
 class UNetValidation:
-    "The `validate` of `fit`: the error on held-out clips, how far experts spread, and two drawn clips for `prompts`."
+    "The `validate` of `fit`: the error on held-out clips, and how far experts spread."
 
     loss: UNetLoss
     held: HeldOut
     batch_size: int  # Clips measured at once
-    pipeline: Callable | None = None  # `(unet) -> VersVideoPipeline` that draws
-    prompts: list = ()  # To draw; empty: nothing is drawn
 
     def __call__(self, unet: Denoiser, rank: int, world: int) -> dict:
         samples = dict(latents=self.held.latents, text=self.held.text)
         found = Validation(self.loss.measure, samples, self.batch_size)(unet, rank, world)
-        found["expert_spread"] = torch.tensor(expert_spread(unet))
-        return found | (dict(samples=self.draw(unet, rank)) if self.prompts else {})
-
-    def draw(self, unet: Denoiser, rank: int) -> torch.Tensor:  # `2 3 t h w` in [0, 1]
-        "Two clips in ten steps, with noise that depends on the process alone."
-        pipe = self.pipeline(unet)
-        pipe.set_progress_bar_config(disable=True)
-        prompts = [self.prompts[(2 * rank + k) % len(self.prompts)] for k in range(2)]
-        return pipe(prompts, num_inference_steps=10, generator=torch.Generator().manual_seed(rank)).videos
+        return found | dict(expert_spread=torch.tensor(expert_spread(unet)))
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-28
+@dataclass
+class UNetSamples:
+    "The `sample` of `fit`: two clips on each process."
+
+    pipeline: Callable  # `(unet) -> VersVideoPipeline` that draws
+    prompts: list
+
+    def __call__(self, unet: Denoiser, rank: int) -> tuple:  # Clips `2 3 t h w` in [0, 1], their prompts
+        "Ten steps, with noise that depends on the process alone."
+        prompts = [self.prompts[(2 * rank + k) % len(self.prompts)] for k in range(2)]
+        return draw_samples(self.pipeline(unet), prompts, rank, steps=10), prompts
+
+# %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-29
 def assemble(
     unet: Denoiser,
     vae: nn.Module,

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..core.checks import pick
+from ..data.own_clips import OwnClips
 from ..models.discriminator import DecoderAndCritic, DecoderLoss, TemporalDiscriminator
 from ..models.image_vae import build_vae
 from ..models.latents import decode_latents, encode_clips
@@ -63,7 +64,6 @@ DECODER_PLANS |= dict.fromkeys(("S", "L", "H"), DecoderPlan(16, 64, 1 / 12, {}))
 def resolve_vae(
     size: str,
     stage: str,  # image | tcm
-    clips: str = "",  # Stage tcm: folder of videos
     decoder: str = "",  # Stage tcm: folder of a trained one
     without: str = "",  # Stage tcm: `PARTS` left out, separated by +
     consistency: str = "paper",  # Stage tcm: paper | mapped
@@ -76,9 +76,9 @@ def resolve_vae(
     for part in missing:
         pick(dict.fromkeys(PARTS), part, "without")
     mapped = pick(dict(paper=False, mapped=True), consistency, "consistency")
-    if stage == "image" and (clips or without or decoder or mapped or paper_weights):
-        raise ValueError(f"stage image takes no {clips=}, {without=}, {decoder=}, {consistency=} or {paper_weights=}: "
-                         "they belong to stage tcm")
+    if stage == "image" and (without or decoder or mapped or paper_weights):
+        raise ValueError(f"stage image takes no {without=}, {decoder=}, {consistency=} or {paper_weights=}: they "
+                         "belong to stage tcm")
     if mapped and "consistency" in missing:
         raise ValueError(f"{without=} leaves out the term that {consistency=} changes: give one of them")
     if decoder and without:
@@ -89,7 +89,7 @@ def resolve_vae(
 def clip_shape(
     size: str,  # A row of SIZES
 ) -> dict:
-    "Frames, height and width of a size, as `MovingShapes` and `read_folder` take them."
+    "Frames, height and width of a size, as `MovingShapes` takes them."
     return dict(frames=SIZES[size].frames, size=(SIZES[size].height, SIZES[size].width))
 
 # %% ../../nbs/trainers/recipe_vae.ipynb #recipe-vae-16
@@ -124,11 +124,11 @@ class FrameBatches:
     "The `batch_fn` of stage image: two random frames of each clip, uint8 `n 3 h w`."
 
     cfg: FitConfig
-    shapes: MixedShapes
+    source: MixedShapes | OwnClips
 
     def __call__(self, step: int, batch_index: int) -> dict:
         g = torch.Generator().manual_seed(batch_seed(self.cfg.seed, batch_index))
-        clips = self.shapes.draw(batch_index, self.cfg.batch_size // 2)
+        clips = self.source.draw(batch_index, self.cfg.batch_size // 2)
         frames = torch.randint(clips.shape[2], (len(clips), 2), generator=g)
         return dict(pixels=torch.stack([clips[i, :, t] for i, ts in enumerate(frames) for t in ts]))
 
@@ -139,15 +139,11 @@ class WindowBatches:
 
     cfg: FitConfig
     window: int  # Frames
-    shapes: MixedShapes
-    clips: torch.Tensor | None = None  # Your own, `n 3 t h w`; None: Moving Shapes
+    source: MixedShapes | OwnClips
 
     def __call__(self, step: int, batch_index: int) -> dict:
-        n, g = self.cfg.batch_size, torch.Generator().manual_seed(batch_seed(self.cfg.seed, batch_index))
-        if self.clips is None:
-            clips = self.shapes.draw(batch_index, n)
-        else:
-            clips = self.clips[torch.randint(len(self.clips), (n,), generator=g)]
+        g = torch.Generator().manual_seed(batch_seed(self.cfg.seed, batch_index))
+        clips = self.source.draw(batch_index, self.cfg.batch_size)
         start = torch.randint(max(clips.shape[2] - self.window, 0) + 1, (), generator=g)
         return dict(clips=clips[:, :, start : start + self.window], step=torch.tensor(step))
 
@@ -209,7 +205,7 @@ def loss_weights(
 def reconstructions(
     encoder: AutoencoderKL,
     decoders: dict,  # Name to autoencoder
-    worlds: dict,  # Name to world
+    worlds: dict,  # Name to world, or to `OwnClips`
     n: int,  # Clips of each world
     at_once: int = 8,  # Clips decoded at once
 ) -> Iterator:  # (name of the world, name of the decoder, its batch, decoded clips in [0, 1])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'change_settings', 'large_settings', 'clips_for', 'shapes_world', 'caption_ids', 'ShapesData', 'encode_world',
-           'FrozenModels', 'HeldOut', 'hold_out', 'Validation', 'validation_ends', 'draw_samples', 'save_trained']
+           'FrozenModels', 'HeldOut', 'hold_out', 'hold_out_shards', 'split_prompts', 'Validation', 'validation_ends',
+           'draw_samples', 'save_trained']
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-03
 import math
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 
 from ..core.records import tensors_digest
+from ..data.batches import LatentBatches
+from ..data.buckets import BucketBatches
 from ..models.contracts import Autoencoder
-from ..models.latents import encode_clips
+from ..models.latents import decode_latents, encode_clips
 from ..models.saving import save_pipeline
 from ..models.sizes import Size
 from ..models.text import encode_text
@@ -159,11 +162,16 @@ class FrozenModels:
 # %% ../../nbs/trainers/recipes.ipynb #recipes-31
 @dataclass
 class HeldOut:
-    "Held-out clips, their latents and the embeddings of a caption each."
+    "Clips to validate on: their latents and a caption each."
 
-    batch: ShapesBatch
     latents: torch.Tensor  # `n 4 t h w`
-    text: torch.Tensor  # `n tokens d`
+    text: torch.Tensor  # `n tokens d`, embeddings of the captions
+    captions: list  # Texts
+    batch: ShapesBatch | None = None  # Pixels and truth, of Moving Shapes
+
+    def clips(self, vae: Autoencoder) -> torch.Tensor:  # `n 3 t h w`
+        "The pixels; of shards, which have latents alone, the decoded ones."
+        return self.batch.clips if self.batch else decode_latents(vae, self.latents)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-32
 def hold_out(
@@ -175,10 +183,31 @@ def hold_out(
 ) -> HeldOut:
     "The first clips of a world, encoded, with the first caption of each."
     batch = world.batch(range(n))
-    latents = encode_clips(vae, batch.clips)
-    return HeldOut(batch, latents, encode_text(text_encoder, tokenizer, [c[0] for c in batch.captions]))
+    latents, texts = encode_clips(vae, batch.clips), [c[0] for c in batch.captions]
+    return HeldOut(latents, encode_text(text_encoder, tokenizer, texts), texts, batch)
 
-# %% ../../nbs/trainers/recipes.ipynb #recipes-34
+# %% ../../nbs/trainers/recipes.ipynb #recipes-35
+def hold_out_shards(
+    shards: LatentBatches | BucketBatches,
+    n: int,  # Samples
+) -> HeldOut:
+    "The first samples of shards, with the first caption of each; of a set with buckets, those of the largest one."
+    if isinstance(shards, BucketBatches):
+        shards = max(shards.parts.values(), key=lambda part: len(part.shards))
+    numbers = range(min(n, len(shards.shards)))
+    samples = [shards.read_sample(k) for k in numbers]
+    latents = torch.stack([sample["latents"] for sample in samples]).float()
+    text = torch.stack([sample["text"][0] for sample in samples]).float()
+    return HeldOut(latents, text, [shards.shards[k]["txt"].decode().split("\n")[0] for k in numbers])
+
+# %% ../../nbs/trainers/recipes.ipynb #recipes-38
+def split_prompts(
+    prompts: str,  # Separated by |
+) -> list[str]:
+    "The prompts of a run notebook's parameter, without empty ones."
+    return [prompt.strip() for prompt in prompts.split("|") if prompt.strip()]
+
+# %% ../../nbs/trainers/recipes.ipynb #recipes-40
 @dataclass
 class Validation:
     "The `validate` of `fit`: a loss on this process's share of the held-out samples."
@@ -201,7 +230,7 @@ class Validation:
 
         return part(self.samples)
 
-# %% ../../nbs/trainers/recipes.ipynb #recipes-37
+# %% ../../nbs/trainers/recipes.ipynb #recipes-43
 def validation_ends(
     rows: list,  # Of the curve
     key: str = "valid_error",
@@ -210,7 +239,7 @@ def validation_ends(
     found = [row[key] for row in rows if key in row]
     return dict(valid_error_first=found[0], valid_error_last=found[-1])
 
-# %% ../../nbs/trainers/recipes.ipynb #recipes-40
+# %% ../../nbs/trainers/recipes.ipynb #recipes-46
 def draw_samples(
     pipe,  # A pipeline
     prompts: list,
@@ -222,7 +251,7 @@ def draw_samples(
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompts, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **given).videos
 
-# %% ../../nbs/trainers/recipes.ipynb #recipes-42
+# %% ../../nbs/trainers/recipes.ipynb #recipes-48
 def save_trained(
     pipe,  # A pipeline
     folder: Path,

@@ -8,6 +8,7 @@ __all__ = ['Objective', 'parameter_groups', 'Training', 'moving_average', 'prepa
 
 # %% ../../nbs/trainers/step.ipynb #step-03
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -93,6 +94,9 @@ class Training:
     numbers: dict = field(default_factory=dict)  # Settings that a checkpoint must agree with
     after_step: Callable | None = None  # `(model) -> None`, after each optimiser step
     validate: Callable | None = None  # `(model, rank, world) -> dict`, before each checkpoint
+    sample: Callable | None = None  # `(model, rank) -> (clips, titles)`, every `sample_every` steps
+    saved: float = field(default_factory=time.monotonic)  # When the last checkpoint was written, or the start
+    late: bool = False  # Whether any process found that `save_minutes` have passed since
 
     @property
     def inner(self) -> Objective:
@@ -268,7 +272,10 @@ def train_step(
     drop_idle_gradients(accelerator, training.objective.parameters())
     norm = gather_full(accelerator.clip_grad_norm_(training.objective.parameters(), training.cfg.grad_clip))
     mean = torch.stack([one["loss"] for one in losses]).mean().float()
-    log.loss, stop = accelerator.reduce(torch.stack([mean, mean.new_tensor(float(bool(asked)))]), "mean").tolist()
+    late = time.monotonic() - training.saved > 60 * training.cfg.save_minutes
+    flags = mean.new_tensor([bool(asked), late])  # all processes must come to the same answer
+    log.loss, stop, late = accelerator.reduce(torch.cat([mean[None], flags]), "mean").tolist()
+    training.late = bool(late)
     fault = log.fault(log.loss, norm.item(), training.cfg)
     if fault:
         skip_step(training, step, first, fault)
