@@ -16,14 +16,14 @@ INSTALLED := .venv/installed
 RUN := $(BIN)/versvideo run
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m versvideo run
 
-# Only values on make's command line count, not exported shell variables. $(value) keeps $ signs.
-given = $(if $(filter command line,$(origin $(1))),$(value $(1)))
-unexport PROMPT VIDEO CONDITIONS STYLE CONDITION_MODELS
-export GIVEN_PROMPT := $(call given,PROMPT)
-export GIVEN_VIDEO := $(call given,VIDEO)
-export GIVEN_CONDITIONS := $(call given,CONDITIONS)
-export GIVEN_STYLE := $(call given,STYLE)
-export GIVEN_CONDITION_MODELS := $(call given,CONDITION_MODELS)
+# Only values on make's command line count, in capitals or not, no exported shell variables. $(value) keeps $ signs.
+given = $(if $(filter command line,$(origin $(1))),$(value $(1)),$(if $(2),$(call given,$(2))))
+unexport PROMPT VIDEO CONDITIONS STYLE CONDITION_MODELS prompt video conditions style condition_models
+export GIVEN_PROMPT := $(call given,PROMPT,prompt)
+export GIVEN_VIDEO := $(call given,VIDEO,video)
+export GIVEN_CONDITIONS := $(call given,CONDITIONS,conditions)
+export GIVEN_STYLE := $(call given,STYLE,style)
+export GIVEN_CONDITION_MODELS := $(call given,CONDITION_MODELS,condition_models)
 
 .PHONY: help quickstart edit test check lab results results-gpu readme install clean
 help:
@@ -35,9 +35,8 @@ $(INSTALLED): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else \
 	    "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + \
 	    ": choose another with make PYTHON=python3.12 ...")'
-	@echo "Installing into .venv (once; several minutes)"
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@index=$$($(PYTHON) .ci/index.py) && echo "Installing into .venv (once; several minutes)" && $(PYTHON) -m venv .venv && \
+	    PIP_EXTRA_INDEX_URL="$$index" $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -63,8 +62,10 @@ check: $(INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/versvideo results readme
 
+lab: ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs
+	@[ -z "$(ROOT)" ] || echo "You are root: JupyterLab needs $(ROOT), and whoever gets its token is root as well"
+	$(BIN)/jupyter lab $(ROOT) --LabApp.default_url=/lab/tree/nbs
 
 # Each run keeps its checkpoints in its folder and continues from them, so make results can be stopped and
 # started again. The checkpoints are deleted at the end. The trained parts become the embedded pipeline.

@@ -151,3 +151,12 @@ def test_a_run_trains_it(models, tmp_path, monkeypatch, default):
     assert all(parameter.isfinite().all() for parameter in run.control.adapters["pose"].parameters())
     trained = VersVideoControlNet.from_pretrained(tmp_path / "run/weights/controlnet")
     assert trained.config.conditions == dict(canny=1, pose=3)
+
+
+@pytest.mark.parametrize("name", ["depth", "hed"])
+def test_a_hub_that_does_not_answer_is_noticed_at_once(monkeypatch, clip, name):
+    "Hugging Face's libraries would try again for up to 50 s, and are not asked."
+    monkeypatch.setattr("versvideo.core.hub.hub_answers", lambda: False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    with pytest.raises(FileNotFoundError, match="does not answer, and owner/none has not been .* give model="):
+        extract_condition(name, clip, model="owner/none")

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from processes import as_processes, ends
 
 from versvideo.core.notebooks import (
     code_cells,
@@ -17,6 +18,7 @@ from versvideo.core.notebooks import (
     find_notebook,
     parse_arguments,
     remove_machine_paths,
+    run_cells,
 )
 from versvideo.lab import maintain
 from versvideo.lab.ablation import BUDGETS, NO_MEC, build_variant, gate_parameters
@@ -295,3 +297,31 @@ def test_a_run_that_is_not_there_is_not_made_again(monkeypatch):
     monkeypatch.chdir(REPO)
     with pytest.raises(ValueError, match="'33_judge' is not a run.*33_judge-XS-s0"):
         maintain.run_again("33_judge")
+
+
+SHOWING = """
+import torch
+from versvideo.media.show import play, show_clips, show_table
+show_clips(torch.rand(1, 3, 4, 16, 16))
+play(torch.rand(3, 4, 16, 16))
+show_table([dict(step=1, loss=0.5)])
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tables_and_pictures_of_a_run_land_in_its_folder(tmp_path, processes):
+    "As torchrun and accelerate start it, without --out; the first process alone writes."
+    parameters = new_code_cell("out: str = ''  # Folder", metadata=dict(tags=["parameters"]))
+    nbformat.write(new_notebook(cells=[parameters, new_code_cell(SHOWING)]), tmp_path / "showing.ipynb")
+    assert ends(as_processes(processes, run_cells, tmp_path / "showing.ipynb", [f"out={tmp_path / 'run'}"])) \
+        == [0] * processes
+    page = (tmp_path / "run" / "shown.md").read_text()
+    assert page.endswith("![](shown/01.jpeg)\n\n![](shown/02.gif)\n\n```\nstep  loss\n1     0.5\n```\n")
+    assert all((tmp_path / "run" / "shown" / name).stat().st_size for name in ("01.jpeg", "02.gif"))
+
+
+def test_a_script_says_where_its_pictures_are(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SHOWING], cwd=tmp_path, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["shown:"] * 2, done.stderr
+    assert all(Path(line.removeprefix("shown: ")).stat().st_size for line in lines)

@@ -68,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
                       help="folder or hub id of the model that a condition needs, such as depth=FOLDER")
     run = commands.add_parser(
         "run", help="a run notebook, with its parameters checked",
-        description="A run notebook: versvideo run nbs/20_train_unet.ipynb size=XS out=out/unet")
+        description="A run notebook: versvideo run nbs/20_train_unet.ipynb size=XS out=out/unet. Its tables and "
+                    "pictures are kept in the folder out=, as shown.md")
     run.add_argument("notebook", help="a path, or the name of one that comes with the package")
     run.add_argument("parameters", nargs="*", metavar="name=value", help="parameters that the notebook declares")
     run.add_argument("--out", metavar="OUT.ipynb", help="keep the executed notebook (needs papermill)")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['declared_parameters', 'parse_arguments', 'check_types', 'injected_parameters', 'check_parameters', 'find_notebook',
-           'code_cells', 'parameter_values', 'run_cells', 'remove_machine_paths', 'pass_on_sigterm', 'execute_notebook']
+           'code_cells', 'parameter_values', 'run_source', 'run_cells', 'remove_machine_paths', 'pass_on_sigterm',
+           'execute_notebook']
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-03
 import ast
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from .checks import pick
 from .files import atomic_path, repo_path
+from .shown import Page, in_notebook, keep_value, shown_on
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-06
 def declared_parameters(
@@ -123,6 +125,21 @@ def parameter_values(
     return parse_arguments(arguments, declared_parameters(tagged[0]))
 
 # %% ../../nbs/core/notebooks.ipynb #notebooks-33
+def run_source(
+    source: str,  # Of a cell
+    name: str,    # Of the cell, for error messages
+    space: dict,  # Its namespace, changed in place
+) -> object:      # Value of the last line; None where that is a statement, or ends with a semicolon
+    "Run a cell as a notebook does."
+    tree, value = ast.parse(source, name), None
+    shown = tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";")
+    last = tree.body.pop() if shown else None
+    exec(compile(tree, name, "exec"), space)
+    if last:
+        value = eval(compile(ast.Expression(last.value), name, "eval"), space)
+    return value
+
+# %% ../../nbs/core/notebooks.ipynb #notebooks-36
 def run_cells(
     notebook: str | Path,
     arguments: list = (),  # Of "name=value"
@@ -133,13 +150,17 @@ def run_cells(
     os.environ.setdefault("MPLBACKEND", "Agg")  # there is nobody to look
     space = types.ModuleType("run_notebook_cells")
     sys.modules[space.__name__] = space  # where dataclasses look themselves up
-    for cell, tags, source in code_cells(notebook):
-        exec(compile(source, f"{notebook.name}, cell {cell}", "exec"), vars(space))
-        if "parameters" in tags:
-            vars(space).update(values)
+    out = values.get("out")
+    with shown_on(Page(repo_path(out), " ".join([notebook.stem, *arguments])) if out else None):
+        for cell, tags, source in code_cells(notebook):
+            value = run_source(source, f"{notebook.name}, cell {cell}", vars(space))
+            if value is not None and not in_notebook():
+                keep_value(value)
+            if "parameters" in tags:
+                vars(space).update(values)
     return space
 
-# %% ../../nbs/core/notebooks.ipynb #notebooks-37
+# %% ../../nbs/core/notebooks.ipynb #notebooks-40
 def remove_machine_paths(
     notebook,  # Of nbformat; changed in place
 ) -> None:
@@ -149,7 +170,7 @@ def remove_machine_paths(
         for place, name in places.items():
             output["text"] = output["text"].replace(f"{place}/", f"{name}/")
 
-# %% ../../nbs/core/notebooks.ipynb #notebooks-39
+# %% ../../nbs/core/notebooks.ipynb #notebooks-42
 def pass_on_sigterm() -> None:
     "From now on SIGTERM goes to the child processes, such as a kernel that saves what it trains."
     import psutil
@@ -160,7 +181,7 @@ def pass_on_sigterm() -> None:
 
     signal.signal(signal.SIGTERM, terminate_children)
 
-# %% ../../nbs/core/notebooks.ipynb #notebooks-41
+# %% ../../nbs/core/notebooks.ipynb #notebooks-44
 def execute_notebook(
     notebook: str | Path,
     output: str | Path,    # The executed notebook
