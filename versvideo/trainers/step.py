@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -39,15 +39,15 @@ class Objective(nn.Module):
         self,
         model: nn.Module,
         loss_fn: Callable,  # `(model, batch) -> dict` of scalars with a "loss"
-        processes: int = 1,  # With several, every parameter gets a gradient
+        wrapped: bool = False,  # Every parameter gets a gradient, as DDP and FSDP need it
     ):
         super().__init__()
-        self.model, self.loss_fn, self.processes = model, loss_fn, processes
+        self.model, self.loss_fn, self.wrapped = model, loss_fn, wrapped
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP gathers at a time
         units = [m for m in model.modules() if type(m).__name__ in (self._no_split_modules or ())]
         inside = {part for unit in units for part in unit.modules()}
         self.others = [m for m in model.modules() if m not in inside]
-        self.hooks = [unit.register_forward_hook(self.touch_unit) for unit in units if processes > 1]
+        self.hooks = [unit.register_forward_hook(self.touch_unit) for unit in units if wrapped]
 
     @staticmethod
     def touch_unit(module, inputs, output):
@@ -57,7 +57,7 @@ class Objective(nn.Module):
     def forward(self, batch: dict) -> dict:
         "The losses of a batch, a dict of scalars."
         losses = self.loss_fn(self.model, batch)
-        return losses if self.processes == 1 else losses | {"loss": add_zero_dependency(losses["loss"], self.others)}
+        return losses | {"loss": add_zero_dependency(losses["loss"], self.others)} if self.wrapped else losses
 
 # %% ../../nbs/trainers/step.ipynb #step-10
 def parameter_groups(
@@ -145,7 +145,8 @@ def prepare(
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
     if cfg.compile:
         getattr(model, "compile_repeated_blocks", model.compile)()
-    objective, optimizer = accelerator.prepare(Objective(model, loss_fn, accelerator.num_processes), optimizer)
+    wrapped = accelerator.distributed_type != DistributedType.NO  # also one process alone under torchrun
+    objective, optimizer = accelerator.prepare(Objective(model, loss_fn, wrapped), optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(cfg.warmup, cfg.steps // 10), cfg.steps)
     ema = moving_average(cfg, objective, accelerator.device)
     if accelerator.log_with:
