@@ -116,7 +116,8 @@ def test_make_results_makes_every_record():
     made = set(re.findall(r"results/((?:[a-z][\w-]*/)?\d[\w-]*)\.ipynb", text))
     for names, run in re.findall(r"for i in ([^;]+);.*?results/\$\$i([\w-]*)\.ipynb", text):
         made |= {f"{name}{run}" for name in names.split()}
-    assert set(map(run_of, RESULTS)) == made
+    own_footage = {"34_recall-own-XS"}  # of clips that are not in the repository
+    assert set(map(run_of, RESULTS)) - own_footage == made
 
 
 # The guards themselves, each on a notebook with the fault that it is there to catch.
