@@ -553,6 +553,15 @@ def test_two_processes_equal_one_with_two_batches(tmp_path):
     assert [r["valid_loss"] for r in validated] == [1.5, 1.5]
 
 
+def test_one_process_that_is_wrapped_trains_on_images_and_clips(tmp_path):
+    "As torchrun starts one on a GPU: DDP wants a gradient of every parameter."
+    def work():
+        Accelerator(cpu=True)
+        worker(tmp_path, "run", "ddp", double_batch, steps=4)
+
+    assert ends(as_processes(1, work)) == [0], [p.read_text() for p in tmp_path.glob("error-*")]
+
+
 @pytest.mark.parametrize(("kind", "count"), [("ddp", 1), ("ddp", 3), ("fsdp", 3)])
 def test_two_processes_go_on_as_one_or_three(tmp_path, kind, count):
     "What two wrote, others read; the batches follow on, none twice and none left out."
