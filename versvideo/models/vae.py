@@ -211,6 +211,14 @@ def with_arguments_of(
 class DecodesInWindows:
     "Part of `TCMVAE`: long videos are decoded in windows of frames, large ones in tiles where tiling is on."
 
+    # For diffusers' group offload: `decode_features` calls these one by one, not the decoder. All lists are among them,
+    # since a group of a list is loaded ahead (`use_stream`), and its first user would not wait for it
+    _group_offload_block_modules = [
+        "encoder", "decoder", "tcm", "refinement", "quant_conv", "post_quant_conv", "conv_in", "conv_norm_out",
+        "conv_out", "down_blocks", "mid_block", "up_blocks", "attentions", "resnets", "downsamplers", "upsamplers",
+        "blocks", "to_out", *map(str, range(9)),
+    ]
+
     @property
     def reach(self) -> int:
         "Frames before and after on which a decoded frame depends."
