@@ -352,6 +352,10 @@ class EightBits(nn.Linear):
         return nn.functional.linear(x, self.scale * self.weight.to(x), self.bias)
 
 
+class EightBitConfig(QuantizationConfigMixin):
+    to_diff_dict = QuantizationConfigMixin.to_dict
+
+
 class EightBitQuantizer(DiffusersQuantizer):
     is_serializable = is_trainable = False
 
@@ -376,7 +380,7 @@ class EightBitQuantizer(DiffusersQuantizer):
 @pytest.fixture
 def eight_bits(monkeypatch):
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "quanto", EightBitQuantizer)
-    return QuantizationConfigMixin(quant_method=QuantizationMethod.QUANTO)
+    return EightBitConfig(QuantizationMethod.QUANTO)
 
 
 @pytest.mark.parametrize("name", ["unet", "control"])
