@@ -397,17 +397,29 @@ def test_quantised_loading(tmp_path, eight_bits, name):
     assert 0 < (run(quantised) - want).norm() < 0.1 * want.norm()
 
 
-# Compiling and exporting the ControlNet; tests/test_unet.py compiles the UNet
+# Compiling and exporting the ControlNet
 
-FLAT = dict(UNET, block_out_channels=(8,), attention_levels=(False,))    # tracing takes seconds a layer
+class Skip(nn.Module):
+    "In place of a layer: tracing one takes seconds, and tests/test_unet.py compiles them."
+
+    def forward(self, x, *_):
+        return x
 
 
 @pytest.fixture(scope="module")
 def flat():
+    "A ControlNet of one level."
     torch.manual_seed(0)
-    model = VersVideoControlNet(**CONTROL, **FLAT).eval()
+    model = VersVideoControlNet(**CONTROL, **UNET | dict(block_out_channels=(8,), attention_levels=(False,))).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="module")
+def light(flat):
+    model = copy.deepcopy(flat)
+    model.down[0][0] = model.middle = model.middle_out = Skip()
     return model
 
 
@@ -426,28 +438,28 @@ def as_scales(shares):
     return {name: torch.tensor(share)[:, None] for name, share in zip(("canny", "image"), shares, strict=True)}
 
 
-def test_controlnet_compiles_whole(flat):
+def test_controlnet_compiles_whole(light):
     "One graph for all strengths; a condition without a share is left out, whatever is in it."
     graphs = []
     torch.compiler.reset()
-    compiled = torch.compile(flat, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled = torch.compile(light, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     for shares in SHARES:
         scales = as_scales(shares)
-        torch.testing.assert_close(residuals(compiled, scales), residuals(flat, scales), rtol=0, atol=1e-5)
+        torch.testing.assert_close(residuals(compiled, scales), residuals(light, scales), rtol=0, atol=1e-5)
     clips = inputs()[2]
     clips["canny"][1] = torch.nan                          # of a clip without a share of it
     scales = as_scales([[1.0, 0.0], [1.0, 1.0]])
-    spoilt = residuals(flat, scales, conditions=clips)
+    spoilt = residuals(light, scales, conditions=clips)
     torch.testing.assert_close(residuals(compiled, scales, conditions=clips), spoilt, rtol=0, atol=1e-5)
     assert spoilt.isfinite().all() and len(graphs) == 1
 
 
-def test_controlnet_compiles_with_a_memory(flat):
+def test_controlnet_compiles_with_a_memory(light):
     torch.compiler.reset()
-    compiled = torch.compile(flat, fullgraph=True, backend="eager")
-    memory, want = {}, residuals(flat)
-    for _ in range(2):
-        torch.testing.assert_close(residuals(compiled, None, memory), want, rtol=0, atol=1e-5)
+    compiled = torch.compile(light, fullgraph=True, backend="eager")
+    memory, want, clips = {}, residuals(light), inputs()[2]
+    for conditions in (clips, {name: torch.zeros_like(clip) for name, clip in clips.items()}):   # the second is not read
+        torch.testing.assert_close(residuals(compiled, None, memory, conditions), want, rtol=0, atol=1e-5)
     assert set(memory) == {"canny", "image"}
 
 
@@ -455,7 +467,7 @@ def test_controlnet_exports(flat):
     z, text, clips = inputs()
     arguments = (z, torch.tensor(7), text, clips, as_scales(SHARES[0]))
     with torch.no_grad():
-        exported = torch.export.export(flat, arguments, dict(return_dict=False), strict=True)
+        exported = torch.export.export(flat, arguments, dict(return_dict=False))
 
         def run_exported(z, step, text, clips, scales, **_):
             return exported.module()(z, step, text, clips, scales, return_dict=False)
