@@ -458,7 +458,7 @@ def test_controlnet_compiles_with_a_memory(light):
     torch.compiler.reset()
     compiled = torch.compile(light, fullgraph=True, backend="eager")
     memory, want, clips = {}, residuals(light), inputs()[2]
-    for conditions in (clips, {name: torch.zeros_like(clip) for name, clip in clips.items()}):   # the second is not read
+    for conditions in (clips, {name: torch.zeros_like(clip) for name, clip in clips.items()}):  # not read again
         torch.testing.assert_close(residuals(compiled, None, memory, conditions), want, rtol=0, atol=1e-5)
     assert set(memory) == {"canny", "image"}
 
