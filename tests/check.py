@@ -275,7 +275,7 @@ def notebooks() -> None:
 # Which test files look after which room, for a quick check of what has changed.
 TESTS = {
     "core": ("test_runs", "test_cli"), "media": (), "modules": ("test_mec", "test_moe"),
-    "models": ("test_text", "test_weights"), "data": ("test_cards", "test_prepare", "test_conditions"),
+    "models": ("test_text", "test_weights", "test_offload"), "data": ("test_cards", "test_prepare", "test_conditions"),
     "world": ("test_shapes",), "pipelines": ("test_contracts",), "trainers": ("test_contracts",),
     "metrics": ("test_scores",), "lab": ("test_plan",),
 }

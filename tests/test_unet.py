@@ -350,33 +350,6 @@ def test_attention_backends():
         unet.set_attention_backend("fastest")
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_layerwise_casting(merge):
-    unet = build()
-    if merge:
-        unet.merge_experts()
-    want = run(unet)
-    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    stored = {p.dtype for n, p in unet.named_parameters() if "to_q" in n or "expand" in n}
-    assert stored == {torch.bfloat16}
-    assert 0 < (run(unet) - want).norm() < 0.1 * want.norm()
-
-
-@pytest.mark.parametrize("offload", [
-    lambda unet: cpu_offload(unet, torch.device("cpu"), offload_buffers=True),
-    lambda unet: unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
-    lambda unet: unet.enable_group_offload(torch.device("cpu"), offload_type="block_level",
-                                           num_blocks_per_group=1)])
-def test_offload(offload):
-    unet = build()
-    want = run(unet)
-    offload(unet)
-    hooked = {name for name, m in unet.named_modules()
-              if hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook")}
-    assert {"down.0", "up.0"} <= hooked or len(hooked) > 10          # blocks, or leaves
-    assert torch.equal(run(unet), want)
-
-
 PLAIN = dict(attention_levels=(False, False))      # transformers in the middle alone: tracing takes seconds a layer
 FLAT = dict(block_out_channels=(16,), attention_levels=(False,))
 

@@ -58,7 +58,7 @@ def as_weights(
         or weights.ndim > 2
         or weights.shape[-1:] not in ((), (1,), (t,))
         or (weights.ndim == 2 and (len(weights) == 0 or b % len(weights)))
-        or not (weights.isfinite() & (weights >= 0)).all()
+        or not (torch.compiler.is_compiling() or (weights.isfinite() & (weights >= 0)).all())  # no values while tracing
     ):
         raise ValueError(f"the scale of {name!r} is {scale!r}: give one number from 0 on, "
                          f"or one for each of the {t} frames")
@@ -138,6 +138,8 @@ class ConditionFeatures(ConditionAdapters):
                 memory[name] = self._run(adapter, clip)
             return memory[name]
         used = (share > 0).any(1)
+        if torch.compiler.is_compiling():  # one graph for all shares
+            return torch.where(used[:, None, None, None, None], self._run(adapter, clip), 0)
         if used.all():
             return self._run(adapter, clip)
         h, w = (n // self.pixels_per_latent for n in clip.shape[3:])

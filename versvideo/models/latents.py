@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
 
+from ..core.machine import execution_device
 from ..media.pixels import from_signed, to_signed
 from .contracts import Autoencoder
 from .saving import change_config
@@ -28,7 +29,7 @@ def encode_clips(
     frames = rearrange(clips, "b c t h w -> (b t) c h w")
     latents = []
     for part in frames.split(chunk):
-        pixels = to_signed(part.to(vae.device), "clips").to(vae.dtype)
+        pixels = to_signed(part.to(execution_device(vae)), "clips").to(vae.dtype)
         latents.append(vae.encode(pixels).latent_dist.mean)
     latents = (torch.cat(latents) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     return rearrange(latents, "(b t) c h w -> b c t h w", t=clips.shape[2]).contiguous()

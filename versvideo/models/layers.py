@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_frame', 'ResBlock', 'Layer', 'Downsample', 'Upsample', 'skip_channels', 'channels_in', 'layer_arguments',
-           'layers_of', 'token_bias', 'check_inputs', 'ExpertMixin', 'LayeredModel']
+           'layers_of', 'token_bias', 'check_inputs', 'ExpertMixin', 'FusionMixin', 'LayeredModel']
 
 # %% ../../nbs/models/layers.ipynb #layers-03
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from .saving import change_config
 from ..modules.attention import SpatialTransformer, TemporalTransformer
 from ..modules.mec import MultiExcitationConv
-from ..modules.moe import exchange_experts, merge_experts
+from ..modules.moe import ExpertLinear, exchange_experts, merge_experts
 
 # %% ../../nbs/models/layers.ipynb #layers-06
 def per_frame(
@@ -225,6 +225,19 @@ def check_inputs(
 class ExpertMixin:
     "Exchange and merging of all experts of a model whose config has `experts`."
 
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **options):
+        """As of diffusers. ValueError for several experts that are to be quantised, when `from_pretrained` builds them.
+
+        Quantisers take the weights of several experts for one matrix.
+        """
+        built = super().from_config(config, return_unused_kwargs, **options)
+        new = (built[0] if return_unused_kwargs else built).config
+        if new.get("quantization_config") and max(new.experts) > 1:
+            raise ValueError(f"experts={tuple(new.experts)} cannot be quantised: merge first. Load without "
+                             "quantization_config, merge_experts(), save, and load that")
+        return built
+
     def exchange_experts(
         self,
         beta: float = 0.001,  # β, the paper's default
@@ -242,7 +255,25 @@ class ExpertMixin:
         return self
 
 # %% ../../nbs/models/layers.ipynb #layers-40
-class LayeredModel(ExpertMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class FusionMixin(AttentionMixin, PeftAdapterMixin):
+    "LoRAs and attention of diffusers; what would fuse wrongly is refused before anything is fused."
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list | None = None) -> None:
+        "As of diffusers. ValueError for a LoRA of several experts, whose weights are not one matrix."
+        layers = [m for m in self.modules() if isinstance(getattr(m, "base_layer", None), ExpertLinear)]
+        if any(set(adapter_names or m.active_adapters) & set(m.lora_A) for m in layers):
+            raise ValueError("this LoRA is on several experts: merge first. "
+                             "unload_lora(), merge_experts(), load it again, and fuse it then")
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
+
+    def fuse_qkv_projections(self) -> None:
+        "As of diffusers; call it before offloading. ValueError for a network with LoRAs, which would be left out."
+        if getattr(self, "peft_config", None):
+            raise ValueError("fuse_qkv_projections leaves LoRAs out: fuse_lora() and unload_lora() first")
+        super().fuse_qkv_projections()
+
+# %% ../../nbs/models/layers.ipynb #layers-41
+class LayeredModel(ExpertMixin, FusionMixin, ModelMixin, ConfigMixin):
     """A network whose first half is that of the UNet; base class of `VersVideoUNet` and `VersVideoControlNet`.
 
     Its parts are `time_proj`, `time_embedding`, `conv_in`, `down`, `downsample`, `middle` and `middle_out`.
@@ -251,6 +282,7 @@ class LayeredModel(ExpertMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAda
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Layer"]
     _repeated_blocks = ["Layer"]
+    _group_offload_block_modules = ["down", "up"]   # lists of lists, whose layers are the blocks
     gradient_checkpointing = False
 
     def make_way_down(self) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TemporalCompensation', 'RefinementUNet', 'to_clips', 'to_frames', 'latent_clips', 'encode_features',
-           'compensated_level', 'decode_features', 'check_blocks', 'with_arguments_of', 'DecodesInWindows',
-           'BuiltFromImageVAE', 'TCMVAE', 'load_vae']
+           'CompensatedBlock', 'CompensatedDecoder', 'decode_features', 'check_blocks', 'with_arguments_of',
+           'DecodesInWindows', 'BuiltFromImageVAE', 'TCMVAE', 'load_vae']
 
 # %% ../../nbs/models/vae.ipynb #vae-03
 import inspect
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import nn
@@ -150,39 +151,53 @@ def encode_features(
     return DiagonalGaussianDistribution(x), features[::-1]
 
 # %% ../../nbs/models/vae.ipynb #vae-32
-def compensated_level(
-    block: nn.Module,  # An up block of the image decoder
-    tcm: nn.Module,    # Its TCM, or nn.Identity
-    x: torch.Tensor,   # `(b t) c h w`
-    b: int,            # Number of clips
-) -> torch.Tensor:     # `(b t) c' h w`
-    "The residual blocks of a decoder level on frames, then its TCM on clips; the upsampling comes later."
-    for resnet in block.resnets:
-        x = resnet(x, None)
-    return to_frames(tcm(to_clips(x, b)))
+class CompensatedBlock(UpDecoderBlock2D):
+    "A level of the image decoder with a TCM between its residual blocks and its upsampling."
+
+    def forward(self, x: torch.Tensor, tcm: Callable) -> tuple:
+        "Frames `(b t) c h w` for the next level, and those that `tcm` gives, before upsampling."
+        for resnet in self.resnets:
+            x = resnet(x, None)
+        features = x = tcm(x)
+        for upsample in self.upsamplers or ():
+            x = upsample(x)
+        return x, features
 
 # %% ../../nbs/models/vae.ipynb #vae-35
+class CompensatedDecoder(Decoder):
+    "The image decoder with a TCM in each level."
+
+    @classmethod
+    def take(cls, decoder: Decoder) -> "CompensatedDecoder":
+        "Make an image decoder one of this class, in place: its weights keep their names."
+        decoder.__class__ = cls
+        for block in decoder.up_blocks:
+            block.__class__ = CompensatedBlock
+        return decoder
+
+    def forward(self, z: torch.Tensor, tcms: list) -> tuple:
+        "Latents `(b t) 4 h w` and a function of frames a level to pixels and a list of what the functions give."
+        x, features = self.mid_block(self.conv_in(z)), []
+        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block, tcm in zip(self.up_blocks, tcms, strict=True):
+            x, seen = self._gradient_checkpointing_func(block, x, tcm) if checkpoint else block(x, tcm)
+            features.append(seen)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x))), features
+
+# %% ../../nbs/models/vae.ipynb #vae-38
 def decode_features(
     vae: "TCMVAE",  # Its TCMs and refinement are used
     z: torch.Tensor,  # Latents, `b 4 t h w`
 ) -> tuple:  # Video `b 3 t 8h 8w`, about [-1, 1]; F_A: a list of `(b t) c h w`, the smallest level first
     "Decode clips without windows and collect the output of each level's TCM, F_A of equation (9)."
-    b, features, decoder = len(z), [], vae.decoder
-    checkpoint = decoder.gradient_checkpointing and torch.is_grad_enabled()
-    x = to_frames(z)
+    b, x = len(z), to_frames(z)
     if vae.post_quant_conv is not None:
         x = vae.post_quant_conv(x)
-    x = decoder.mid_block(decoder.conv_in(x))
-    for block, tcm in zip(decoder.up_blocks, vae.tcm, strict=True):
-        level = (block, tcm, x, b)
-        x = decoder._gradient_checkpointing_func(compensated_level, *level) if checkpoint else compensated_level(*level)
-        features.append(x)
-        for upsample in block.upsamplers or ():
-            x = upsample(x)
-    x = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+    on_frames = lambda tcm: lambda frames: to_frames(tcm(to_clips(frames, b)))
+    x, features = vae.decoder(x, [on_frames(tcm) for tcm in vae.tcm])
     return to_clips(vae.refinement(x), b), features
 
-# %% ../../nbs/models/vae.ipynb #vae-40
+# %% ../../nbs/models/vae.ipynb #vae-43
 def check_blocks(
     config: dict,  # Of an autoencoder
 ) -> None:
@@ -193,7 +208,7 @@ def check_blocks(
             raise ValueError(f"{name} has {', '.join(others)}: TCMs go into autoencoders "
                              f"whose levels are all {wanted}, as Stable Diffusion's")
 
-# %% ../../nbs/models/vae.ipynb #vae-44
+# %% ../../nbs/models/vae.ipynb #vae-47
 def with_arguments_of(
     function: Callable,  # Its arguments but the first, `self`, take the place of `**kwargs`
 ) -> Callable:  # A decorator of an `__init__` that has `**kwargs`
@@ -207,9 +222,12 @@ def with_arguments_of(
 
     return decorate
 
-# %% ../../nbs/models/vae.ipynb #vae-48
+# %% ../../nbs/models/vae.ipynb #vae-51
 class DecodesInWindows:
     "Part of `TCMVAE`: long videos are decoded in windows of frames, large ones in tiles where tiling is on."
+
+    # Of diffusers' group offload; each TCM is one, by its number
+    _group_offload_block_modules = [*AutoencoderKL._group_offload_block_modules, "refinement", "tcm", *"012345678"]
 
     @property
     def reach(self) -> int:
@@ -244,7 +262,7 @@ class DecodesInWindows:
             size, overlap = window, min(overlap, window // 4)
         return torch.cat([decode_in_windows(self.decode_whole, clip, size, overlap) for clip in clips.split(1)])
 
-# %% ../../nbs/models/vae.ipynb #vae-55
+# %% ../../nbs/models/vae.ipynb #vae-58
 class BuiltFromImageVAE:
     "Part of `TCMVAE`: building one from an image autoencoder, and loading."
 
@@ -285,7 +303,7 @@ class BuiltFromImageVAE:
                              "and train it with nbs/21_train_vae.ipynb")
         return super().from_pretrained(folder, **options)
 
-# %% ../../nbs/models/vae.ipynb #vae-57
+# %% ../../nbs/models/vae.ipynb #vae-60
 class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
     """TCM-VAE (paper 2.3, Figure 3): an image autoencoder with a decoder that sees the frames of a clip together.
 
@@ -308,11 +326,11 @@ class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
     def __init__(self, *, compensation: bool = True, refinement_channels: tuple | None = (32, 64), **image_vae):
         super().__init__(**image_vae)
         check_blocks(self.config)
+        CompensatedDecoder.take(self.decoder)
         widths, groups = reversed(self.config.block_out_channels), self.config.norm_num_groups
         self.tcm = nn.ModuleList(TemporalCompensation(c, groups) if compensation else nn.Identity() for c in widths)
-        self.refinement = nn.Identity()
-        if refinement_channels:
-            self.refinement = RefinementUNet(self.config.out_channels, refinement_channels)
+        image = self.config.out_channels
+        self.refinement = RefinementUNet(image, refinement_channels) if refinement_channels else nn.Identity()
         self.set_windows()
 
     def freeze_encoder(self):
@@ -366,7 +384,7 @@ class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, num_frames, return_dict)
 
-# %% ../../nbs/models/vae.ipynb #vae-68
+# %% ../../nbs/models/vae.ipynb #vae-71
 def load_vae(
     folder: str | Path,  # Folder, or hub id
     subfolder: str | None = None,  # Of a pipeline, for example "vae"

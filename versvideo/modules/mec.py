@@ -116,7 +116,7 @@ class MotionExcitation(nn.Module):
         "Mean over space of |m|; frames are counted as in `differences`."
         q = self.squeeze(x.flatten(2)).unflatten(2, x.shape[2:])
         frames = rearrange(q, "b s t h w -> (b t) s h w")
-        filtered = F.conv2d(frames, self.filter.weight, padding=1, groups=len(self.filter.weight))
+        filtered = self.filter(F.pad(frames, (1, 1, 1, 1)))
         m = rearrange(filtered, "(b t) s h w -> b s t h w", b=len(x))[:, :, 1:] - q[:, :, :-1]
         return F.pad(m.abs().mean((3, 4)), (0, 1))
 

@@ -133,9 +133,10 @@ def merge_experts(
     ValueError, with nothing merged, if the experts have hooks or adapters.
     """
     several = [m for m in module.modules() if isinstance(m, ExpertFeedForward) and m.experts > 1]
-    for layer in (layer for m in several for layer in m.children()):
-        if type(layer) is not ExpertLinear or hasattr(layer, "_diffusers_hook") or hasattr(layer, "_hf_hook"):
-            raise ValueError("these experts carry an adapter, a cast or an offload: "
-                             "merge first and add them then, or unload the adapter")
+    layers = [layer for m in several for layer in m.children()]
+    changed = any(type(layer) is not ExpertLinear or hasattr(layer, "_hf_hook") for layer in layers)
+    if changed or any(hasattr(m, "_diffusers_hook") for m in module.modules()):   # groups of an offload are larger
+        raise ValueError("these experts carry an adapter, a cast or an offload: "
+                         "merge first and add them then, or unload the adapter")
     for ffn in several:
         ffn.experts, ffn.expand, ffn.contract = 1, ffn.expand.merged(), ffn.contract.merged()
