@@ -68,10 +68,9 @@ def load_pipeline(
     ----------
     size_or_folder : a size that comes with weights, a folder (from here or from the repository) or a hub id
     scheduler : name or instance of a scheduler of diffusers, such as "DPMSolverMultistep"; None: as saved
-    dtype : precision to compute in; None: float32, which is the fastest on a CPU
+    dtype, torch_dtype : precision to compute in (torch_dtype is its older name); None: float32, the fastest on a CPU
     device : None: the fastest of this machine (cuda, mps, cpu)
     variant : of the weight files, such as "fp16" for `*.fp16.safetensors`; the plain files where a part has none
-    torch_dtype : the older name of `dtype` in diffusers
 
     Returns
     -------
@@ -79,8 +78,7 @@ def load_pipeline(
 
     Raises
     ------
-    FileNotFoundError, ValueError : for a size without weights, a missing file, damaged or unfitting weights
-    MemoryError : before anything is loaded, when the weights do not fit on the device
+    FileNotFoundError, ValueError, MemoryError : before anything is loaded, for missing or damaged files, or too large ones
     """
     if dtype is not None and torch_dtype is not None:
         raise ValueError("both of dtype and torch_dtype given: give dtype, torch_dtype is its older name")
