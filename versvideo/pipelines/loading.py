@@ -78,7 +78,7 @@ def load_pipeline(
 
     Raises
     ------
-    FileNotFoundError, ValueError, MemoryError : before anything is loaded, for missing or damaged files, or too large ones
+    FileNotFoundError, ValueError, MemoryError : for missing, damaged, unfitting or too large weights
     """
     if dtype is not None and torch_dtype is not None:
         raise ValueError("both of dtype and torch_dtype given: give dtype, torch_dtype is its older name")
