@@ -36,6 +36,7 @@ from versvideo.models.tokenizer import build_tokenizer
 from versvideo.models.unet import UNetOutput, VersVideoUNet
 from versvideo.models.vae import TCMVAE
 from versvideo.pipelines import saved as saved_pipelines
+from versvideo.pipelines.edit import dry_run
 from versvideo.pipelines.loading import load_pipeline
 from versvideo.pipelines.schedulers import get_scheduler
 from versvideo.pipelines.text_to_video import VersVideoPipeline
@@ -453,3 +454,9 @@ def test_sizes_near_training_do_not_warn(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe("a red circle", num_inference_steps=1, height=24, num_frames=2)
+
+
+def test_a_dry_run_does_not_use_up_the_warning(pipe):
+    dry_run(pipe, (5, 16, 16), "a red circle", {})
+    with pytest.warns(UserWarning, match="num_frames=5 is more than"):
+        pipe("a red circle", num_inference_steps=1, num_frames=5)
