@@ -51,7 +51,7 @@ def call(*command: str | Path, cwd: Path, **env: str) -> None:
 
 
 def texts(root: Path) -> dict[str, str]:
-    files = [p for p in root.rglob("*") if p.suffix in (".ipynb", ".py")]
+    files = [p for p in root.rglob("*") if p.suffix in (".ipynb", ".py") and "weights" not in p.relative_to(root).parts]
     return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in files}
 
 
@@ -73,7 +73,7 @@ def check_sync(repo_copy: Path) -> None:
     report(before, texts(repo_copy), "Run .venv/bin/nbdev_clean and .venv/bin/nbdev_clean "
            "--fname results, then commit what they changed.")
     for module in (repo_copy / "versvideo").rglob("*.py"):
-        if module.name not in ("__init__.py", "__main__.py"):
+        if module.name not in ("__init__.py", "__main__.py", "pipeline.py"):
             module.unlink()
     call(BIN / "nbdev_export", cwd=repo_copy)
     report(before, texts(repo_copy), "The modules (-) are not what the notebooks export (+). Edit "
@@ -83,6 +83,10 @@ def check_sync(repo_copy: Path) -> None:
 def sync() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder), SOURCES)
+        for path in (REPO / "versvideo/weights").glob("*/pipeline.py"):  # nbdev lists it with the modules
+            copy = Path(folder) / path.relative_to(REPO)
+            copy.parent.mkdir(parents=True)
+            shutil.copy(path, copy)
         check_sync(Path(folder))
     print("sync: notebooks are clean and exported")
 

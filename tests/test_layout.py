@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from versvideo.lab.maintain import filled_page
 
 REPO = Path(__file__).resolve().parents[1]
-MODULES = sorted(p for p in (REPO / "versvideo").rglob("*.py") if p.name != "_modidx.py")
+MODULES = sorted(p for p in (REPO / "versvideo").rglob("*.py") if p.name != "_modidx.py" and "weights" not in p.parts)
 MEGABYTE = 2**20
 
 TOP_LEVEL = {

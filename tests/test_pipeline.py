@@ -522,7 +522,7 @@ def test_unknown_scheduler(saved, scheduler, error, message):
     "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"])
 def test_missing_file(copied, file):
     (copied / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing.*: restore it"):
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing.*: copy or download the folder again"):
         load_pipeline(copied)
 
 
@@ -532,7 +532,7 @@ def test_truncated_weights(copied, file, keep):
     content = (copied / file).read_bytes()
     kept = content[:keep if isinstance(keep, int) else int(keep * len(content))]
     (copied / file).write_bytes(kept)
-    message = rf"{file} \({len(kept)} bytes\) is truncated or damaged.*restore it"
+    message = rf"{file} \({len(kept)} bytes\) is truncated or damaged.*copy or download"
     with pytest.raises(ValueError, match=message):
         load_pipeline(copied)
 
@@ -549,7 +549,7 @@ def test_damaged_json(copied, file):
                                   "scheduler/scheduler_config.json"])
 def test_json_without_settings(copied, file, text):
     (copied / file).write_text(text)
-    with pytest.raises(ValueError, match=f"{file} holds no settings: restore it"):
+    with pytest.raises(ValueError, match=f"{file} holds no settings: copy or download"):
         load_pipeline(copied)
 
 

@@ -39,7 +39,7 @@ class Autoencoder(Protocol):
     """Turns frames into latents and back; `AutoencoderKL` of diffusers and `TCMVAE` are two.
 
     `config` has `latent_channels` (c), `block_out_channels` (n widths: height and width of the latents are
-    1 / 2^(n-1) of the frame's), `scaling_factor` and `shift_factor` (a number, or None for 0). The denoiser sees
+    1 / 2^(n-1) of the frame's), `scaling_factor` and, unless it is 0 or None, `shift_factor`. The denoiser sees
     (latents - shift_factor) * scaling_factor. There are as many latent frames as frames. An autoencoder whose decoder
     mixes time has `decodes_clips = True` and is given latents `b c t h w`.
     """

@@ -210,8 +210,9 @@ def check_predicts_noise(
     except OSError:
         return
     if kind != "epsilon":
-        raise ValueError(f"the UNet of {source} has prediction_type={kind!r}, VersVideo predicts the noise (epsilon): "
-                         "take a model that does, such as sd21 (the base model of Stable Diffusion 2.1) or sd15")
+        raise ValueError(f"the UNet of {source} has prediction_type={kind!r}, VersVideo is trained to predict "
+                         "the noise (epsilon): take a model that does, such as sd21 (the base model of Stable "
+                         "Diffusion 2.1) or sd15")
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-38
 def load_image_unet(
@@ -318,7 +319,12 @@ def load_video_unet(
     unet: VersVideoUNet,                 # Changed in place
     video: VersVideoUNet | str | Path,   # The model, its folder, or the folder or hub id of its pipeline
 ) -> Report:
-    "Load a trained video model, ValueError for other widths; one expert is copied to each of several."
+    """Load a trained video model; one expert is copied to each of several.
+
+    ValueError, with nothing changed, for other widths or a model of the velocity.
+    """
+    if not isinstance(video, VersVideoUNet):
+        check_predicts_noise(video)
     video = pretrained(VersVideoUNet, video, subfolder="unet")
     as_list = lambda value: list(value) if isinstance(value, (list, tuple)) else value
     for name in MUST_AGREE:

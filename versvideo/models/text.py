@@ -89,6 +89,7 @@ def encode_text(
     text_encoder,              # CLIPTextModel, with or without projection; frozen
     tokenizer,                 # Its tokenizer
     prompts: str | list[str],  # One prompt or several
+    clip_skip: int | None = None,  # Last layers to leave out; None or 0: none
 ) -> torch.Tensor:             # `b n d`, on the encoder's device
     """Text tokens that condition the UNet: the last layer after its norm, padding included, no mask.
 
@@ -97,6 +98,7 @@ def encode_text(
     text_encoder : CLIPTextModel, with or without projection.
     tokenizer : its tokenizer.
     prompts : one prompt or several.
+    clip_skip : last layers to leave out, as in diffusers: 1 takes the layer before the last, with the norm of the last.
 
     Returns
     -------
@@ -106,10 +108,16 @@ def encode_text(
     Raises
     ------
     TypeError, ValueError
-        For prompts that are not text, or none.
+        For prompts that are not text, or none, and for more layers than there are.
     """
+    if clip_skip and clip_skip not in range(layers := text_encoder.config.num_hidden_layers):
+        raise ValueError(f"clip_skip={clip_skip!r}: the text encoder has {layers} layers, give 0 to {layers - 1}")
     ids = tokenize(limit_tokenizer(tokenizer, text_encoder), prompts).to(execution_device(text_encoder))
-    return text_encoder(input_ids=ids).last_hidden_state
+    if not clip_skip:
+        return text_encoder(input_ids=ids).last_hidden_state
+    hidden = text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
+    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    return norm(hidden)
 
 # %% ../../nbs/models/text.ipynb #text-23
 def fit_square(

@@ -7,7 +7,6 @@ __all__ = ['VideoComponents', 'PromptEncoding', 'NoisePrediction', 'VideoDenoise
 
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-03
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import (
     CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerBase,
@@ -18,12 +17,15 @@ from ..models.contracts import Autoencoder, Denoiser
 from ..models.controlnet import VersVideoControlNet
 from ..models.style import StyleAdapter, embed_pictures
 from ..models.text import encode_text, limit_tokenizer
-from .arguments import check_embeds, check_prompts, warn_about_words
+from .arguments import check_embeds, check_parts, check_prompts, check_unused, warn_about_words
 from .control import ControlPlan, HeldFrames
 from .guidance import Passes, Style, guide, plan_passes
+from .memory import pixels_per_latent
+from .saved import SavedPipeline
+from .schedulers import check_scheduler, velocity_level
 
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-06
-class VideoComponents(DiffusionPipeline):
+class VideoComponents(SavedPipeline):
     """The networks of a text-to-video model, saved and loaded together; all clips are `b c t h w`.
 
     `trained_size` is the size `(t, h, w)` in frames and pixels that the denoiser was trained on, and
@@ -52,13 +54,16 @@ class VideoComponents(DiffusionPipeline):
         words: str = "",                                           # It was trained on; empty: all of the tokenizer's
     ):
         super().__init__()
+        if scheduler is not None:
+            check_scheduler(scheduler)
         limit_tokenizer(tokenizer, text_encoder)
         self.register_to_config(words=words)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
                               controlnet=controlnet, style_adapter=style_adapter, image_encoder=image_encoder)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = pixels_per_latent(vae)
         self._guidance_scale, self._guidance_rescale = 1.0, 0.0
         self._num_timesteps, self._interrupt = 0, False
+        self._warned = set()  # kinds of sizes that were warned of
 
     @property
     def trained_size(self) -> tuple:
@@ -78,18 +83,29 @@ class PromptEncoding(VideoComponents):
         prompt_embeds: torch.Tensor | None = None,            # `b n d` in place of `prompt`
         negative_prompt_embeds: torch.Tensor | None = None,   # `b n d` in place of `negative_prompt`
         blank: bool = False,                                  # Whether a prompt may be empty
+        clip_skip: int | None = None,                         # Last layers to leave out for `prompt`
+        do_classifier_free_guidance: bool | None = None,      # None: as the guidance scale of the last call says
     ) -> tuple[torch.Tensor, torch.Tensor | None]:            # `b n d` each; None without guidance
-        "Embeddings of texts; ValueError or TypeError for anything else, a warning for unknown words."
+        """Embeddings of texts; needs neither UNet nor VAE.
+
+        ValueError or TypeError for anything but texts, a warning for unknown words.
+        """
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("both of negative_prompt and negative_prompt_embeds given: give one")
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, blank)
+        guided = do_classifier_free_guidance
+        guided = (self.do_classifier_free_guidance if guided is None else guided) and negative_prompt_embeds is None
+        check_unused(prompts is None, "prompt", clip_skip=(clip_skip, None))
+        check_parts(self.components, **dict.fromkeys(("text_encoder", "tokenizer"), prompts is not None or guided))
         if prompts is not None:
             warn_about_words(self.tokenizer, [text for text in prompts + negatives if text], self.config.words)
-            prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompts)
-        if self.do_classifier_free_guidance and negative_prompt_embeds is None:
+            prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompts, clip_skip)
+        if guided:
             negative_prompt_embeds = encode_text(self.text_encoder, self.tokenizer, negatives)
-        check_embeds(prompt_embeds, negative_prompt_embeds, self.unet.config.cross_attention_dim)
-        return tuple(None if embeds is None else embeds.to(self._execution_device, self.unet.dtype)
+        if self.unet is not None:
+            check_embeds(prompt_embeds, negative_prompt_embeds, self.unet.config.cross_attention_dim)
+        dtype = prompt_embeds.dtype if self.unet is None else self.unet.dtype
+        return tuple(None if embeds is None else embeds.to(self._execution_device, dtype)
                      .repeat_interleave(num_videos_per_prompt, dim=0)
                      for embeds in (prompt_embeds, negative_prompt_embeds))
 
@@ -109,7 +125,7 @@ class PromptEncoding(VideoComponents):
         tokens = self.style_adapter(embed_pictures(self.image_encoder, pictures))
         return tokens.to(self._execution_device).repeat_interleave(rows // len(pictures), dim=0)
 
-# %% ../../nbs/pipelines/denoise.ipynb #denoise-15
+# %% ../../nbs/pipelines/denoise.ipynb #denoise-18
 class NoisePrediction(PromptEncoding):
     "The guided prediction of the noise at a step."
 
@@ -136,17 +152,19 @@ class NoisePrediction(PromptEncoding):
         style: Style | None = None,
         control: dict | None = None,                  # From `ControlPlan.at`; None: no condition is active
         memory: dict | None = None,                   # As of `control_residuals`
-    ) -> torch.Tensor:                                # ε, `b c t h w`, fp32
+    ) -> torch.Tensor:                                # ε, or what the scheduler says, `b c t h w`, fp32
         "Noise in the latents by `guidance_scale`, `guidance_rescale` and the guidance of the style."
         passes = plan_passes(prompt_embeds, negative_prompt_embeds, self.guidance_scale, style)
-        x = passes.repeat(self.scheduler.scale_model_input(latents, t_idx).to(self.unet.dtype))
+        noisy = self.scheduler.scale_model_input(latents, t_idx)
+        x = passes.repeat(noisy.to(self.unet.dtype))
         extra = {} if passes.weights is None else dict(token_weights=passes.weights)
         if control is not None:
             extra |= self.control_residuals(x, t_idx, passes, control, memory)
         predictions = passes.split(self.unet(x, t_idx, passes.tokens, **extra).sample.float())
-        return guide(predictions, passes.scales, self.guidance_rescale)
+        level = velocity_level(self.scheduler, t_idx)
+        return guide(predictions, passes.scales, self.guidance_rescale, level and (*level, noisy))
 
-# %% ../../nbs/pipelines/denoise.ipynb #denoise-23
+# %% ../../nbs/pipelines/denoise.ipynb #denoise-26
 class VideoDenoiser(NoisePrediction):
     "The components of a text-to-video model and the steps from noise to latents, all `b c t h w`."
 

@@ -210,9 +210,11 @@ def dry_run(
     latents = latent_size(*size, (1, 1, 1), pipe.vae_scale_factor)
     check_memory(pipe.unet, pipe.vae, (1, pipe.unet.config.in_channels, *latents), 1, None, pipe._execution_device)
     blank = torch.zeros(1, 3, *size, dtype=torch.uint8)
+    warned = set(pipe._warned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the videos give them again
         edit_clip(pipe, blank, prompt, **arguments | dict(callback_on_step_end=stop))
+    pipe._warned = warned
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-41
 def collect_edits(

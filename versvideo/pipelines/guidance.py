@@ -19,16 +19,21 @@ def guide(
     predictions: Sequence[torch.Tensor],  # ε with ever more information, each `b c t h w`
     scales: Sequence[float],              # One fewer: how far to go beyond each prediction; 1: as far as the next one
     rescale: float = 0.0,                 # Share taken back to the deviation of the last prediction, 0 to 1
+    velocity: tuple | None = None,        # Where they are velocities, not ε: α, σ and the noisy latents
 ) -> torch.Tensor:                        # `b c t h w`
     "Guide each prediction beyond the one before; ValueError unless there is one scale fewer than predictions."
     if len(scales) != len(predictions) - 1:
         raise ValueError(f"{len(scales)} scales for {len(predictions)} predictions: give one for each but the first")
-    eps = predictions[0]
+    guided = predictions[0]
     for scale, before, after in zip(scales, predictions, predictions[1:], strict=False):
-        eps = eps + scale * (after - before)
-    if rescale and scales and eps.any():  # an untrained network predicts 0, whose deviation cannot be scaled
-        eps = rescale_noise_cfg(eps, predictions[-1], rescale)
-    return eps
+        guided = guided + scale * (after - before)
+    if not (rescale and scales and guided.any()):  # an untrained network predicts 0, whose deviation cannot be scaled
+        return guided
+    if velocity is None:
+        return rescale_noise_cfg(guided, predictions[-1], rescale)
+    alpha, sigma, noisy = velocity
+    eps, last = (alpha * v + sigma * noisy for v in (guided, predictions[-1]))
+    return guided + (rescale_noise_cfg(eps, last, rescale) - eps) / alpha
 
 # %% ../../nbs/pipelines/guidance.ipynb #guidance-11
 @dataclass

@@ -57,8 +57,10 @@ def find_pipeline(
 def load_pipeline(
     size_or_folder: str | Path = "XS",
     scheduler: str | SchedulerMixin | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    variant: str | None = None,
+    torch_dtype: torch.dtype | None = None,
 ) -> VersVideoPipeline:
     """Load a pipeline that is ready to call.
 
@@ -66,8 +68,9 @@ def load_pipeline(
     ----------
     size_or_folder : a size that comes with weights, a folder (from here or from the repository) or a hub id
     scheduler : name or instance of a scheduler of diffusers, such as "DPMSolverMultistep"; None: as saved
-    dtype : precision to compute in; float32 is the fastest on a CPU
+    dtype, torch_dtype : precision to compute in (torch_dtype is its older name); None: float32, the fastest on a CPU
     device : None: the fastest of this machine (cuda, mps, cpu)
+    variant : of the weight files, such as "fp16" for `*.fp16.safetensors`; the plain files where a part has none
 
     Returns
     -------
@@ -75,17 +78,19 @@ def load_pipeline(
 
     Raises
     ------
-    FileNotFoundError, ValueError : for a size without weights, a missing file, damaged or unfitting weights
-    MemoryError : before anything is loaded, when the weights do not fit on the device
+    FileNotFoundError, ValueError, MemoryError : for missing, damaged, unfitting or too large weights
     """
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError("both of dtype and torch_dtype given: give dtype, torch_dtype is its older name")
+    dtype = next((given for given in (dtype, torch_dtype) if given is not None), torch.float32)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r} is no torch dtype: give torch.float16, for example")
     device, folder = as_device(device), find_pipeline(size_or_folder)
-    require_memory(check_saved(folder) * dtype.itemsize, f"loading {size_or_folder} as {dtype}",
+    require_memory(check_saved(folder, variant) * dtype.itemsize, f"loading {size_or_folder} as {dtype}",
                    "use dtype=torch.float16 or a larger machine", device)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     chosen = {} if scheduler is None else {"scheduler": get_scheduler(scheduler, config)}
     with quiet_bars():
-        pipe = VersVideoPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **chosen)
-    check_loaded(pipe, folder)
+        pipe = VersVideoPipeline.from_pretrained(folder, dtype=dtype, variant=variant, **chosen)
+    check_loaded(pipe, folder, variant)
     return pipe.to(device)

@@ -12,15 +12,15 @@ import torch
 
 from ..models.latents import decode_latents
 from versvideo.pipelines.arguments import (
-    as_generators, callback_inputs, check_conditions, check_settings, check_unused, first_frame, latent_size,
-    size_of_conditions, start_latents,
+    as_generators, callback_inputs, check_conditions, check_parts, check_settings, check_unused, first_frame,
+    latent_size, size_of_conditions, start_latents,
 )
 from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
 from .guidance import Style
 from .memory import check_memory, warn_beyond_training
 from .output import VersVideoPipelineOutput, output_converter
-from .schedulers import set_timesteps, step_arguments
+from .schedulers import check_scheduler, set_timesteps, step_arguments
 
 # %% ../../nbs/pipelines/text_to_video.ipynb #text-to-video-06
 class VersVideoPipeline(VideoDenoiser):
@@ -57,9 +57,15 @@ class VersVideoPipeline(VideoDenoiser):
         style_image=None,
         style_scale: float = 1.0,
         style_guidance: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        clip_skip: int | None = None,
     ) -> VersVideoPipelineOutput | tuple:
         conditions = check_conditions(self.controlnet, conditions, image)
         controlled, styled = bool(conditions) or image is not None, style_image is not None
+        holds = hold_image and (image is not None or "image" in conditions)
+        check_parts(self.components, unet=True, scheduler=True, vae=holds or output_type != "latent")
+        check_scheduler(self.scheduler)
         check_unused(not controlled, "conditions", condition_scales=(condition_scales, 1.0),
                      control_start=(control_start, 0.0), control_end=(control_end, 1.0))
         check_unused(not styled, "style_image", style_scale=(style_scale, 1.0), style_guidance=(style_guidance, None))
@@ -74,20 +80,21 @@ class VersVideoPipeline(VideoDenoiser):
         if prompt is None and prompt_embeds is None and (controlled or styled):
             prompt = ""
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, prompt_embeds,
-                                                negative_prompt_embeds, blank=controlled or styled)
+                                                negative_prompt_embeds, controlled or styled, clip_skip)
         device, shape = self._execution_device, (len(positive), self.unet.config.in_channels, *size)
         check_memory(self.unet, self.vae, shape, 1 + self.do_classifier_free_guidance, decode_chunk_size, device)
-        warn_beyond_training(size[0], self.unet.config.sample_size[0])
+        t, h, w = size
+        warn_beyond_training((t, h * self.vae_scale_factor, w * self.vae_scale_factor), self.trained_size, self._warned)
         if image is not None:
             conditions["image"] = first_frame(image, size, self.vae_scale_factor)
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start, control_end, shape,
                             device) if conditions else None
         style = Style(self.encode_style(style_image, len(positive)), style_scale, style_guidance) if styled else None
         latents = start_latents(shape, generator, latents, device)
-        set_timesteps(self.scheduler, num_inference_steps, device)
+        set_timesteps(self.scheduler, num_inference_steps, device, timesteps=timesteps, sigmas=sigmas)
         self._num_timesteps = len(self.scheduler.timesteps)
         warn_if_idle(plan, self._num_timesteps)
-        held = hold_frames(self.vae, plan, latents) if hold_image else None
+        held = hold_frames(self.vae, plan, latents) if holds else None
         latents = self.denoise(latents * self.scheduler.init_noise_sigma,
                                dict(prompt_embeds=positive, negative_prompt_embeds=negative),
                                step_arguments(self.scheduler, eta=eta, generator=generator),
@@ -116,7 +123,7 @@ guidance_rescale : float
 num_videos_per_prompt : int
     Videos for each prompt, next to each other in the batch. Default 1.
 eta : float
-    Share of the noise that DDIM adds back at each step, 0 (deterministic) to 1. Default 0.
+    Share of the noise that DDIM adds back at each step, 0 (deterministic) to 1; the γ of TCD. Default 0.
 generator : torch.Generator or list of torch.Generator
     Source of the noise, one for all videos or one for each. Default: torch's global one.
 latents : torch.Tensor
@@ -151,6 +158,10 @@ style_scale : float
     Strength of the style, 0 to 1000. Default 1.
 style_guidance : float
     A separate guidance scale for the style, 0 to 1000; costs one more pass. Default None: that of the prompt.
+timesteps, sigmas : list
+    Falling steps, or noise levels to 0, in place of `num_inference_steps`, where the scheduler takes them.
+clip_skip : int
+    Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
 
 Returns
 -------

@@ -25,7 +25,7 @@ from ..core.prefetch import prefetch
 from ..core.progress import progress
 from ..core.records import tensors_digest
 from ..models.contracts import Autoencoder
-from ..models.latents import encode_clips
+from ..models.latents import encode_clips, shift_factor
 from ..models.saving import quiet_bars
 from ..models.sizes import SIZES
 from ..models.text import limit_tokenizer
@@ -42,7 +42,7 @@ def latents_digest(
 ) -> str:
     "A digest of the autoencoder and of a world's first two clips: it differs where the latents would."
     first = world.batch(range(2)).clips
-    scale = f"{vae.config.scaling_factor} {vae.config.shift_factor}"
+    scale = f"{vae.config.scaling_factor} {shift_factor(vae)}"
     return tensors_digest((*vae.state_dict().values(), first), scale)
 
 # %% ../../nbs/trainers/loading.ipynb #loading-07
@@ -254,6 +254,6 @@ def encoder_digests(
 ) -> dict:  # "vae" and "text", each a SHA-256
     "Digests of what latents and text embeddings depend on."
     encoder = [p.half() for name, p in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))]
-    scale = f"{vae.config.scaling_factor} {vae.config.shift_factor}"
+    scale = f"{vae.config.scaling_factor} {shift_factor(vae)}"
     text = tensors_digest(p.half() for p in text_encoder.state_dict().values())
     return dict(vae=tensors_digest(encoder, scale), text=text)
