@@ -260,6 +260,15 @@ def test_a_pipeline_offloads(stand_in, monkeypatch, pipe, video, enable):
         assert torch.equal(sample(twin), video)
 
 
+def test_the_controlnet_is_away_while_decoding(monkeypatch):
+    pipe, seen = whole_pipeline(), []
+    poisoned(pipe, monkeypatch)
+    decode, away = pipe.vae.decode, lambda: all(p.isnan().all() for p in pipe.controlnet.parameters())
+    pipe.vae.decode = lambda *args, **options: seen.append(away()) or decode(*args, **options)
+    sample(pipe)
+    assert seen and all(seen)
+
+
 def test_merging_comes_before_a_group_offload(stand_in):
     unet = build("unet")
     offload(unet, "block_level", 1)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['synchronize', 'take_turns', 'median_and_quartiles', 'compare_times', 'keep_freed_memory', 'variants', 'peer_unets',
-           'random_inputs', 'inference_call', 'weight_update', 'training_step', 'randomize_zeros', 'LiveBytes',
-           'peak_bytes']
+           'random_inputs', 'inference_call', 'training_step', 'randomize_zeros', 'LiveBytes', 'peak_bytes']
 
 # %% ../../nbs/lab/cost.ipynb #cost-03
 import ctypes
@@ -144,38 +143,26 @@ def inference_call(
             return net(*inputs).sample
     return forward
 
-# %% ../../nbs/lab/cost.ipynb #cost-33u
-def weight_update(
-    net: VersVideoUNet,
-    fused: bool = True,  # AdamW as one kernel, which the meta device lacks
-) -> Callable:           # Without arguments; call it when there are gradients
-    "What follows the gradients in a step of `fit`: clipping, AdamW, exchange of the experts, moving average."
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=fused, foreach=not fused)
-    average = [p.detach().clone() for p in net.parameters()]
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        net.exchange_experts()
-        torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
-
-    return update
-
 # %% ../../nbs/lab/cost.ipynb #cost-33
 def training_step(
     net: VersVideoUNet,
     inputs: tuple,                           # Of `random_inputs`
     precision: torch.dtype = torch.float32,  # A lower one: autocast
 ) -> Callable:                               # Call it to take a step
-    "The work of a step of `fit`: forward, backward, and `weight_update`."
-    update = weight_update(net.train())
+    "The work of a step of `fit`: forward, backward, clipping, AdamW, exchange of the experts, moving average."
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+    average = [p.detach().clone() for p in net.parameters()]
 
     def step():
         with torch.autocast(net.device.type, precision, enabled=precision != torch.float32):
             loss = net(*inputs).sample.float().square().mean()
         loss.backward()
-        update()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        net.exchange_experts()
+        torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1e-4)
 
     return step
 

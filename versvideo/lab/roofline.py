@@ -8,7 +8,6 @@ __all__ = ['CHIPS', 'PRODUCTS', 'IN_FULL', 'WIDEST', 'KINDS', 'OF_KIND', 'FREE',
            'OperationCount', 'by_kind', 'count_training', 'count_sampling']
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-03
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .cost import random_inputs, weight_update
+from .cost import random_inputs
 from ..models.contracts import Denoiser
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-06
@@ -169,7 +168,7 @@ class OperationCount(TorchDispatchMode):
         if not outputs or view or name in FREE:
             return result
         flops = flop_registry.get(func._overloadpacket, lambda *args, **kwargs: 0)
-        read = inputs[1:] if name == "copy_" else inputs
+        read = [] if name.startswith("new_") or name.endswith("_like") else inputs[name == "copy_":]
         self.rows.append(dict(name=name, kind=kind_of(func, inputs, outputs), bytes=sum(map(bytes_of, read + outputs)),
                               flops=flops(*args, **kwargs, out_val=result)))
         return result

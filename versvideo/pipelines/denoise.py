@@ -205,6 +205,7 @@ class VideoDenoiser(NoisePrediction):
                     embeds = self.call_back(callback, names, i, t_idx, dict(latents=latents, **embeds))
                     latents = embeds.pop("latents")
                 bar.update()
-        if getattr(self, "final_offload_hook", None) is not None and self.controlnet is not None:
-            self.controlnet.to("cpu")  # no other model moves it away before decoding
+        for hook in getattr(self, "_all_hooks", ()):  # of model offload: no other model moves the ControlNet away
+            if hook.model is self.controlnet:
+                hook.offload()
         return held.clamp(latents, control, self.scheduler) if held else latents
