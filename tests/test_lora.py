@@ -129,7 +129,9 @@ def test_load_scale_fuse_and_unload(pipe, trained, source):
     assert differ(want, plain) and pipe.get_active_adapters() == ["mine"]
     assert pipe.get_list_adapters() == {"unet": ["mine"]}
     pipe.set_adapters("mine", 0.0)
-    assert torch.equal(run(pipe), plain)
+    close(run(pipe), plain)
+    layer, x = pipe.unet.get_submodule(TO_Q), torch.randn(5, 32)
+    assert torch.equal(layer(x), layer.base_layer(x))  # the sums of a whole network depend on where its tensors lie
     pipe.set_adapters(["mine"], [1.0])
     pipe.fuse_lora()
     assert pipe.num_fused_loras == 1
@@ -259,10 +261,10 @@ TINY = dict(block_out_channels=(8, 8), attention_levels=(True, False), head_dim=
             experts=(2, 2), sample_size=(3, 4, 4))
 
 
-def start():
+def start(**changes):
     "A UNet with frozen weights and LoRA layers, always the same."
     torch.manual_seed(0)
-    return add_lora(awake(VersVideoUNet(**TINY)), rank=2)
+    return add_lora(awake(VersVideoUNet(**TINY | changes)), rank=2)
 
 
 def latent_batch(step, batch_index, kind=torch.float32):
@@ -311,12 +313,14 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_gradient_checkpointing_and_compilation_change_nothing(monkeypatch):
-    want = train()
-    unet = start()
+def test_gradient_checkpointing_changes_nothing():
+    want, unet = train(steps=3), start()
     unet.enable_gradient_checkpointing()
-    got = train(unet=unet)
+    got = train(unet=unet, steps=3)
     assert max((got[name] - want[name]).abs().max() for name in want) < 1e-6
+
+
+def test_compilation_changes_nothing(monkeypatch):
     compiled, compile_blocks = [], VersVideoUNet.compile_repeated_blocks
 
     def eager(unet):
@@ -325,8 +329,8 @@ def test_gradient_checkpointing_and_compilation_change_nothing(monkeypatch):
 
     monkeypatch.setattr(VersVideoUNet, "compile_repeated_blocks", eager)
     torch.compiler.reset()
-    got = train(compile=True, steps=3)
-    want = train(steps=3)
+    flat = dict(block_out_channels=(8,), attention_levels=(True,), temporal_levels=(False,))
+    got, want = (train(compile=choice, unet=start(**flat), steps=1) for choice in (True, False))
     assert compiled and max((got[name] - want[name]).abs().max() for name in want) < 1e-5
 
 
@@ -412,22 +416,22 @@ def test_notebook_error(parameters, message):
         train_by_notebook(**parameters)
 
 
-def test_embedded_model_learns_a_lora(tmp_path):
-    "One step at size XS, whose weights come with merged experts."
-    row, _, plan = resolve_unet("XS", init="XS", lora_rank=4, steps=1)
+def test_embedded_model_takes_a_lora(tmp_path):
+    "Size XS has several experts, its weights come with merged ones; the LoRA is added to exactly these."
+    row, _, plan = resolve_unet("XS", init="XS", lora_rank=4)
     unet, _ = build_unet(row, plan, "XS", 4)
     base = load_pipeline("XS", device="cpu").unet
     assert tuple(unet.config.experts) == tuple(base.config.experts) == (1, 1)
-    x, text = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 5, 128)
-    with torch.no_grad():
-        assert torch.equal(unet.eval()(x, 10, text).sample, base(x, 10, text).sample)
+    frozen, want = {n.replace(".base_layer", ""): p for n, p in unet.state_dict().items()}, base.state_dict()
+    assert {name for name in frozen if ".lora_" not in name} == want.keys()
+    assert all(torch.equal(frozen[name], want[name]) for name in want)
     learns = unet.num_parameters(only_trainable=True)
     assert 0 < learns < 0.05 * unet.num_parameters()
     assert save_lora(unet, tmp_path / "lora").joinpath(FILE).stat().st_size < 5 * learns
 
 
 def test_frozen_weights_need_no_states():
-    need, frozen = (training_bytes(SIZES["H"], "bf16", frozen) for frozen in (False, True))
+    need, frozen = (training_bytes(SIZES["XS"], "bf16", frozen) for frozen in (False, True))
     assert state_bytes(frozen) < state_bytes(need) / 3
     cfg = FitConfig(steps=1, batch_size=1, lr=1e-4, mixed_precision="bf16")
     require_training_memory("smoke", SIZES["smoke"], cfg, frozen=True)
