@@ -171,6 +171,9 @@ def test_two_loras_weighed(pipe):
 def test_fused_pipeline_is_saved_as_any_other(pipe, trained, tmp_path):
     pipe.load_lora_weights(trained[0])
     pipe.fuse_lora()
+    with pytest.raises(ValueError, match="call unload_lora_weights"):
+        save_pipeline(pipe, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
     pipe.unload_lora_weights()
     close(run(load_pipeline(save_pipeline(pipe, tmp_path / "fused", dtype=torch.float32), device="cpu")), trained[1])
 

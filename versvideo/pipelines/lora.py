@@ -99,6 +99,13 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
         if any(name.startswith(cls.text_encoder_name) for name in state_dict):
             super().load_lora_into_text_encoder(state_dict, *arguments, **options)
 
+    def save_pretrained(self, *arguments, **options):
+        "Save the pipeline; ValueError with LoRA layers, which would give its weights other names."
+        if self.get_list_adapters():
+            raise ValueError(f"LoRA layers are loaded ({self.get_list_adapters()}): call unload_lora_weights() before "
+                             "saving the pipeline, after fuse_lora() to keep what they do")
+        super().save_pretrained(*arguments, **options)
+
 # %% ../../nbs/pipelines/lora.ipynb #lora-23
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
