@@ -46,8 +46,9 @@ def misfit(
         return "lacks its second matrix, or has one of another rank"
     if isinstance(layer, ExpertLinear):
         return "is a set of experts: merge the experts first, with unet.merge_experts()"
-    shape = (len(up), *down.shape[1:])
-    return "" if shape == layer.weight.shape else f"is {shape} and the layer {tuple(layer.weight.shape)}"
+    shape, linear = (len(up), *down.shape[1:]), isinstance(layer, nn.Linear)
+    place = (layer.out_features, layer.in_features) if linear else tuple(layer.weight.shape)  # may be packed
+    return "" if shape == place else f"is {shape} and the layer {place}"
 
 # %% ../../nbs/pipelines/lora.ipynb #lora-12
 def check_lora(
