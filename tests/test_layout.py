@@ -42,6 +42,7 @@ ONLY_IN = {
     "ipywidgets": {"pipelines.explorer"},
     "lpips": {"metrics.quality", "models.discriminator"},
     "pebble": {"data.reading"},
+    "peft": {"pipelines.lora"},
     "pyarrow": {"data.manifest"},
     "webdataset": {"data.shards"},
     "IPython": {"media.show", "pipelines.explorer"},

@@ -154,14 +154,16 @@ def activation_bytes(
 def training_bytes(
     size: Size,
     mixed_precision: str,  # no | bf16 | fp16
+    frozen: bool = False,  # All but the LoRA layers, whose own states are small
 ) -> dict:                 # What is kept to its bytes; "a clip" and "a clip, checkpointed" are activations of one clip
     "What training the UNet of a size keeps in memory."
-    trained, _ = count_parameters(size)
     everything, checkpointed = activation_bytes(size)
+    weights, _ = count_parameters(size)
+    trained = 0 if frozen else weights
     full = mixed_precision == "no"
     share = 1 if full else 0.75
-    return {"weights": 4 * trained, "gradients": 4 * trained, "AdamW": 8 * trained, "moving average": 4 * trained,
-            "half-precision copy": 0 if full else 2 * trained,
+    return {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained, "moving average": 4 * trained,
+            "half-precision copy": 0 if full else 2 * weights,
             "a clip": int(share * everything), "a clip, checkpointed": int(share * checkpointed)}
 
 # %% ../../nbs/lab/plan.ipynb #plan-33
@@ -236,9 +238,10 @@ def require_training_memory(
     checkpointing: bool = False,          # With gradient checkpointing
     device: torch.device | None = None,   # Where it would train; None: the best one
     shards: int = 1,                      # Processes that share the states, with FSDP2
+    frozen: bool = False,                 # All but LoRA layers
 ) -> None:
     "MemoryError, before anything is allocated, where states and one batch do not fit."
-    need = training_bytes(size, cfg.mixed_precision)
+    need = training_bytes(size, cfg.mixed_precision, frozen)
     batch = cfg.batch_size * need["a clip, checkpointed" if checkpointing else "a clip"]
     states = state_bytes(need) / shards
     what = (f"training size {name} ({need['weights'] / 4e6:.0f} M parameters: {states / 2**30:.1f} GiB for weights, "
@@ -274,6 +277,7 @@ def show_plan(
     cfg,           # `FitConfig`
     checkpointing: bool = False,   # With gradient checkpointing
     cards: tuple = (24, 80, 141),  # GB of the GPUs to plan for
+    frozen: bool = False,          # All but LoRA layers
 ) -> None:
     """Print what training a size takes: parameters, operations, memory, the batch that fits, and the commands.
 
@@ -284,12 +288,13 @@ def show_plan(
     cfg : a `FitConfig`; its steps, batch size and precision count
     checkpointing : with gradient checkpointing
     cards : GB of the GPUs to plan for
+    frozen : whether all but LoRA layers are frozen
     """
     flops = count_flops(meta_unet(size), size.latent())
     factor = 4 if checkpointing else 3
     work = {"latent": "×".join(map(str, size.latent())), "forward, TFLOP": flops / 1e12,
             "step, TFLOP": factor * cfg.batch_size * flops / 1e12, "steps": cfg.steps}
-    need = training_bytes(size, cfg.mixed_precision)
+    need = training_bytes(size, cfg.mixed_precision, frozen)
     memory = [{"memory": name, "GB": round(n / 1e9, 2)} for name, n in need.items()]
     for table in (parameter_table(size), show_table([work]), show_table(memory), batch_table(need, cards)):
         print(table, end="\n\n")

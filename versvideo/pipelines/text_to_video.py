@@ -18,12 +18,13 @@ from versvideo.pipelines.arguments import (
 from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
 from .guidance import Style
+from .lora import LoraMixin
 from .memory import check_memory, warn_beyond_training
 from .output import VersVideoPipelineOutput, output_converter
 from .schedulers import check_scheduler, set_timesteps, step_arguments
 
 # %% ../../nbs/pipelines/text_to_video.ipynb #text-to-video-06
-class VersVideoPipeline(VideoDenoiser):
+class VersVideoPipeline(LoraMixin, VideoDenoiser):
     "Text to video with VersVideo: `pipe(prompt).videos` is `b c t h w` in [0, 1]; `help(pipe.__call__)` says more."
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..core.files import atomic_path
 from .batches import batch_seed
-from .checkpoints import gather_full, load_checkpoint, save_checkpoint
+from .checkpoints import gather_full, learning, load_checkpoint, save_checkpoint
 from .config import MAY_CHANGE, FitConfig
 from .distributed import Preempted, catch_sigterm, explain_lost_processes
 from .log import Log, show_steps
@@ -89,8 +89,8 @@ def averaged_weights(
     "The model with the moving average as its weights, unsharded on every process, without gradients."
     objective, ema, model = training.objective, training.ema, training.inner.model
     if ema:
-        ema.store(objective.parameters())
-        ema.copy_to(objective.parameters())
+        ema.store(learning(objective).values())
+        ema.copy_to(learning(objective).values())
     if training.accelerator.is_fsdp2:
         objective.unshard()  # parameters outside the layers
     model.eval()
@@ -101,7 +101,7 @@ def averaged_weights(
         if isinstance(part, FSDPModule):
             part.reshard()
     if ema:
-        ema.restore(objective.parameters())
+        ema.restore(learning(objective).values())
 
 # %% ../../nbs/trainers/loop.ipynb #loop-17
 def run_validation(
@@ -235,7 +235,7 @@ def finish(
     "Give the model the averaged weights, in evaluation mode, and close the trackers."
     inner = training.inner
     if training.ema:
-        training.ema.copy_to(training.objective.parameters())
+        training.ema.copy_to(learning(training.objective).values())
     if inner.model is not model:  # a sharded copy was trained
         model.load_state_dict({name: gather_full(value) for name, value in inner.model.state_dict().items()})
     for hook in inner.hooks:

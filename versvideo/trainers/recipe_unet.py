@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNET_RUNS', 'UNetPlan', 'resolve_unet', 'build_unet', 'ShapesBatches', 'has_images', 'ShardBatches', 'UNetLoss',
-           'UNetValidation', 'UNetSamples', 'assemble']
+           'UNetValidation', 'UNetSamples', 'assemble', 'save_lora_run']
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-03
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,17 +17,20 @@ from torch import nn
 from ..core.checks import pick
 from ..data.batches import LatentBatches
 from ..models.contracts import Denoiser
-from ..models.pretrained import is_selected, load_init
+from ..models.pretrained import is_selected, load_init, source_config, source_of
 from ..models.sizes import SIZES, Size, leave_out
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
 from ..modules.moe import expert_spread
+from ..pipelines.loading import load_pipeline
+from ..pipelines.lora import add_lora, save_lora
 from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import batch_seed, draw_latents, embed_batch, is_image_batch
 from .config import FitConfig
+from .distributed import process_group
 from .objectives import denoising_loss, training_scheduler
 from versvideo.trainers.recipes import (
-    SMOKE, HeldOut, ShapesData, Validation, change_settings, clips_for, draw_samples, large_settings,
+    SMOKE, HeldOut, ShapesData, Validation, change_settings, clips_for, draw_samples, large_settings, save_trained,
 )
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-06
@@ -67,6 +71,7 @@ def resolve_unet(
     pretrained_share: float = -1,  # Of the learning rate, for what `init` loads; -1: 0.1, or 1 where it is selected
     without: str = "",  # Parts left out, as of `leave_out`
     clips: int = 0,  # Clips in the training set, as of `clips_for`
+    lora_rank: int = 0,  # Of LoRA layers that are trained in place of the weights; 0: none
     **changes,  # Of `change_settings`
 ) -> tuple:  # `Size` with its experts, `FitConfig`, `UNetPlan`
     "The settings of a run; ValueError for an unknown size, or numbers out of range."
@@ -75,7 +80,13 @@ def resolve_unet(
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
     unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
     whole = init and not is_selected(unet["block_out_channels"], init)
-    share = pretrained_share if init and pretrained_share != -1 else 0.1 if whole else 1.0
+    if lora_rank and not whole:
+        raise ValueError(f"{lora_rank=}, {init=}: LoRA layers are added to a trained model that fits this size whole: "
+                         "name it as init, for example init=XS at size XS")
+    if lora_rank < 0 or lora_rank and pretrained_share != -1:
+        raise ValueError(f"{lora_rank=}, {pretrained_share=}: give a rank from 1 on, or 0 for no LoRA; with LoRA leave "
+                         "pretrained_share out, as what init loads is frozen")
+    share = pretrained_share if init and pretrained_share != -1 else 0.1 if whole and not lora_rank else 1.0
     new = change_settings(cfg, pretrained_share=share, **changes)
     if image_steps < 0:  # a shorter run starts with fewer; what is loaded whole knows images
         image_steps = 0 if whole else plan.image_steps * new.steps // cfg.steps
@@ -88,12 +99,14 @@ def build_unet(
     row: Size,
     plan: UNetPlan,  # Its `checkpointing` counts
     init: str = "",  # `IMAGE`, `IMAGE+ADAPTER` or a trained video model; empty: random weights
+    lora_rank: int = 0,  # With a rank, LoRA layers are added, and only they learn
 ) -> tuple:  # UNet, reports of what was loaded, by source
     "The UNet of a size, and what its weights start from."
     unet = VersVideoUNet(**row.unet | dict(sample_size=row.latent()))
     if plan.checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet, load_init(unet, init) if init else {}
+    reports = load_init(unet, init) if init else {}
+    return add_lora(unet, lora_rank) if lora_rank else unet, reports
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-17
 @dataclass
@@ -204,3 +217,25 @@ def assemble(
     words = " ".join(sorted(set(known_words(tokenizer)) & seen))
     return VersVideoPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                              scheduler=training_scheduler(), words=words)
+
+# %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-33
+def save_lora_run(
+    unet: VersVideoUNet,  # With LoRA layers; they are taken out
+    pipeline: Callable,  # `(unet) -> VersVideoPipeline`
+    init: str,  # What the UNet started from
+    folder: Path,  # Of the run
+) -> VersVideoPipeline:  # Loaded anew, with the LoRA
+    "Save the LoRA layers of a run as `lora/pytorch_lora_weights.safetensors`, say how to load them, and do so."
+    processes, source = process_group(), source_of(init)
+    if processes.is_main_process:
+        save_lora(unet, folder / "lora")
+    processes.wait_for_everyone()
+    unet.unload_lora()
+    in_pipeline = not (Path(source) / "config.json").exists()
+    is_video = "+" not in init and source_config(source).get("_class_name") == "VersVideoUNet"
+    base = init if is_video and in_pipeline else str(save_trained(pipeline(unet), folder / "base"))
+    if processes.is_main_process:
+        print(f'pipe = load_pipeline("{base}")\npipe.load_lora_weights("{folder / "lora"}")')
+    pipe = load_pipeline(base)
+    pipe.load_lora_weights(folder / "lora")
+    return pipe

@@ -26,7 +26,7 @@ from torch import nn
 from ..core.prefetch import prefetch
 from ..core.records import write_json
 from .batches import batch_seed
-from .checkpoints import TrainState, gather_full
+from .checkpoints import TrainState, gather_full, learning
 from .config import FitConfig
 from .distributed import add_zero_dependency, drop_idle_gradients, fsdp_plugin
 from .log import Log
@@ -88,7 +88,7 @@ class Training:
     objective: nn.Module  # The `Objective`, wrapped for the processes
     optimizer: Any  # AdamW, wrapped by accelerate
     schedule: Any  # Warm-up and cosine
-    ema: EMAModel | None = None  # Moving average of the weights
+    ema: EMAModel | None = None  # Moving average of the weights that learn
     log: Log = field(default_factory=Log)
     folder: Path | None = None  # Of the checkpoints; None: none are written
     numbers: dict = field(default_factory=dict)  # Settings that a checkpoint must agree with
@@ -119,10 +119,10 @@ def moving_average(
     objective: nn.Module,
     device: torch.device,
 ) -> EMAModel | None:
-    "The moving average of the weights, where the settings ask for one."
+    "The moving average of the weights that learn, where the settings ask for one."
     if not cfg.ema_decay:
         return None
-    ema = EMAModel(objective.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(learning(objective).values(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(device)
     return ema
 
@@ -238,7 +238,7 @@ def update_weights(
         if training.after_step:
             training.after_step(training.inner.model)
         if training.ema:
-            training.ema.step(training.objective.parameters())
+            training.ema.step(learning(training.objective).values())
     for one in losses:
         training.log.add(one)
     if torch.isfinite(norm):
