@@ -1,6 +1,7 @@
 """The pipeline at home in diffusers: its folders, its arguments and its habits, with tiny random models."""
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ from versvideo.pipelines.edit import dry_run
 from versvideo.pipelines.loading import load_pipeline
 from versvideo.pipelines.schedulers import get_scheduler
 from versvideo.pipelines.text_to_video import VersVideoPipeline
+from versvideo.trainers.loading import load_trained
 
 
 @pytest.fixture
@@ -80,12 +82,28 @@ def test_from_pipe_adds_and_drops_parts(pipe):
 
 
 def test_from_pipe_keeps_the_precision(pipe):
-    pipe.to(torch.bfloat16)
-    assert VersVideoPipeline.from_pipe(pipe).unet.dtype == torch.bfloat16
+    pipe.unet.to(torch.bfloat16)
+    again = VersVideoPipeline.from_pipe(pipe)
+    assert (again.unet.dtype, again.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert again.unet is pipe.unet and pipe.unet.dtype == torch.bfloat16
     assert VersVideoPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
 
 
 # Folders
+
+def test_a_class_of_a_script_is_saved_as_the_one_it_inherits_from(pipe, tmp_path):
+    mine = type("Mine", (VersVideoPipeline,), dict(__module__="__main__"))(**pipe.components)
+    mine.save_pretrained(tmp_path / "mine")
+    assert "import VersVideoPipeline " in (tmp_path / "mine/pipeline.py").read_text()
+    opened = quiet(DiffusionPipeline.from_pretrained(tmp_path / "mine", trust_remote_code=True))
+    assert type(opened).__name__ == "VersVideoPipeline"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        VersVideoPipeline.from_pretrained(name)
+
 
 def test_a_fresh_process_opens_folders_with_diffusers_alone(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "tiny")
@@ -281,6 +299,14 @@ def test_clip_skip_is_that_of_stable_diffusion(skip, projection):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+def test_clip_skip_leaves_nothing_behind(pipe):
+    pipe.encode_prompt("a red circle", clip_skip=pipe.text_encoder.config.num_hidden_layers - 1)
+    pickle.loads(pickle.dumps(pipe.text_encoder))
+    for wrong in (1.0, True, -1, 99):
+        with pytest.raises(ValueError, match=f"clip_skip={wrong!r}: the text encoder has"):
+            pipe.encode_prompt("a red circle", clip_skip=wrong)
+
+
 def test_clip_skip_of_a_call():
     tokenizer, text_encoder = deep_text()
     pipe = build(tokenizer=tokenizer, text_encoder=text_encoder)
@@ -338,6 +364,28 @@ def test_flow_matching_is_refused_with_the_reason(pipe, whole, scheduler):
     pipe.scheduler = scheduler
     with pytest.raises(ValueError, match=reason):
         pipe("a red circle")
+
+
+def test_schedulers_that_contradict_the_model(whole, pipe):
+    other = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="prediction_type='v_prediction', the model 'epsilon'"):
+        load_pipeline(whole, scheduler=other, device="cpu")
+    with pytest.raises(ValueError, match="num_train_timesteps=100, the model 1000"):
+        get_scheduler(diffusers.DDIMScheduler(num_train_timesteps=100), pipe.scheduler.config)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
+    with pytest.raises(ValueError, match="prediction_type='sample'"):
+        pipe("a red circle")
+    with pytest.raises(ValueError, match="num_inference_steps=60 does not suit LCMScheduler .* give at most 50"):
+        load_pipeline(whole, scheduler="LCM", device="cpu")("a red circle", num_inference_steps=60)
+    with pytest.raises(ValueError, match="did you mean|known"):
+        get_scheduler("Amused", pipe.scheduler.config)
+
+
+def test_stage_2_refuses_a_velocity_model(pipe, tmp_path):
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "v")
+    with pytest.raises(ValueError, match="prediction_type='v_prediction'"):
+        load_trained("smoke", str(tmp_path / "v"))
 
 
 def test_flow_matching_by_name(whole):
@@ -431,7 +479,7 @@ def test_a_video_model_of_the_velocity_is_no_start(tmp_path):
 @pytest.mark.parametrize(("size", "message"), [
     (dict(num_frames=5), "num_frames=5 is more than the 4 that"),
     (dict(height=32), "height=32, width=16 is far more than the 16×16 pixels .*: objects may appear more than once"),
-    (dict(width=8), "height=16, width=8 is far less than the 16×16 pixels .*: it may be empty, or objects cut off"),
+    (dict(width=8), "height=16, width=8 is far less than the 16×16 pixels .*: objects may be missing or cut off"),
 ])
 def test_sizes_far_from_training_warn_once(pipe, size, message):
     with pytest.warns(UserWarning, match=message) as caught:

@@ -236,7 +236,7 @@ def load_image_unet(
     Raises
     ------
     ValueError
-        For another shape that cannot be selected from, or a model of the velocity, with nothing changed.
+        For another shape that cannot be selected from, or a v-prediction model, with nothing changed.
     FileNotFoundError
         Where no model is found.
     """
@@ -321,7 +321,7 @@ def load_video_unet(
 ) -> Report:
     """Load a trained video model; one expert is copied to each of several.
 
-    ValueError, with nothing changed, for other widths or a model of the velocity.
+    ValueError, with nothing changed, for other widths or a v-prediction model.
     """
     if not isinstance(video, VersVideoUNet):
         check_predicts_noise(video)

@@ -89,7 +89,7 @@ def encode_text(
     text_encoder,              # CLIPTextModel, with or without projection; frozen
     tokenizer,                 # Its tokenizer
     prompts: str | list[str],  # One prompt or several
-    clip_skip: int | None = None,  # Last layers to leave out; None or 0: none
+    clip_skip: int | None = None,  # Number of last layers to leave out; None or 0: none
 ) -> torch.Tensor:             # `b n d`, on the encoder's device
     """Text tokens that condition the UNet: the last layer after its norm, padding included, no mask.
 
@@ -98,7 +98,7 @@ def encode_text(
     text_encoder : CLIPTextModel, with or without projection.
     tokenizer : its tokenizer.
     prompts : one prompt or several.
-    clip_skip : last layers to leave out, as in diffusers: 1 takes the layer before the last, with the norm of the last.
+    clip_skip : number of last layers to leave out, as in diffusers: 1 takes the layer before the last, with its norm.
 
     Returns
     -------
@@ -110,14 +110,17 @@ def encode_text(
     TypeError, ValueError
         For prompts that are not text, or none, and for more layers than there are.
     """
-    if clip_skip and clip_skip not in range(layers := text_encoder.config.num_hidden_layers):
+    skip, layers = clip_skip or 0, text_encoder.config.num_hidden_layers
+    if type(skip) is not int or skip not in range(layers):
         raise ValueError(f"clip_skip={clip_skip!r}: the text encoder has {layers} layers, give 0 to {layers - 1}")
     ids = tokenize(limit_tokenizer(tokenizer, text_encoder), prompts).to(execution_device(text_encoder))
-    if not clip_skip:
+    if not skip:
         return text_encoder(input_ids=ids).last_hidden_state
-    hidden = text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-1 - clip_skip]
-    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
-    return norm(hidden)
+    model, seen = getattr(text_encoder, "text_model", text_encoder), []
+    hook = model.encoder.layers[-1 - skip].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    text_encoder(input_ids=ids)
+    hook.remove()
+    return model.final_layer_norm(seen[0][0] if isinstance(seen[0], tuple) else seen[0])
 
 # %% ../../nbs/models/text.ipynb #text-23
 def fit_square(

@@ -83,7 +83,7 @@ class PromptEncoding(VideoComponents):
         prompt_embeds: torch.Tensor | None = None,            # `b n d` in place of `prompt`
         negative_prompt_embeds: torch.Tensor | None = None,   # `b n d` in place of `negative_prompt`
         blank: bool = False,                                  # Whether a prompt may be empty
-        clip_skip: int | None = None,                         # Last layers to leave out for `prompt`
+        clip_skip: int | None = None,                         # Number of last layers to leave out for `prompt`
         do_classifier_free_guidance: bool | None = None,      # None: as the guidance scale of the last call says
     ) -> tuple[torch.Tensor, torch.Tensor | None]:            # `b n d` each; None without guidance
         """Embeddings of texts; needs neither UNet nor VAE.
@@ -95,7 +95,7 @@ class PromptEncoding(VideoComponents):
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, blank)
         guided = do_classifier_free_guidance
         guided = (self.do_classifier_free_guidance if guided is None else guided) and negative_prompt_embeds is None
-        check_unused(prompts is None, "prompt", clip_skip=(clip_skip, None))
+        check_unused(prompts is None, "prompt", clip_skip=(clip_skip or None, None))
         check_parts(self.components, **dict.fromkeys(("text_encoder", "tokenizer"), prompts is not None or guided))
         if prompts is not None:
             warn_about_words(self.tokenizer, [text for text in prompts + negatives if text], self.config.words)

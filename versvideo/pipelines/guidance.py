@@ -19,7 +19,7 @@ def guide(
     predictions: Sequence[torch.Tensor],  # ε with ever more information, each `b c t h w`
     scales: Sequence[float],              # One fewer: how far to go beyond each prediction; 1: as far as the next one
     rescale: float = 0.0,                 # Share taken back to the deviation of the last prediction, 0 to 1
-    velocity: tuple | None = None,        # Where they are velocities, not ε: α, σ and the noisy latents
+    velocity: tuple | None = None,        # For predictions of the velocity: √ᾱ, √(1-ᾱ) and the noisy latents
 ) -> torch.Tensor:                        # `b c t h w`
     "Guide each prediction beyond the one before; ValueError unless there is one scale fewer than predictions."
     if len(scales) != len(predictions) - 1:

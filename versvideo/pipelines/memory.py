@@ -92,7 +92,7 @@ def warn_beyond_training(
         f"num_frames={size[0]} is more than the {trained[0]} that the model was trained on: objects may change their "
         "shape and colour, and the motion may slow down or stop",
         "larger": max(ratios) > FAR and f"{asked} is far more than the {own}: objects may appear more than once",
-        "smaller": min(ratios) < 1 / FAR and f"{asked} is far less than the {own}: it may be empty, or objects cut off",
+        "smaller": min(ratios) < 1 / FAR and f"{asked} is far less than the {own}: objects may be missing or cut off",
     }
     for kind, message in messages.items():
         if message and kind not in warned:

@@ -26,7 +26,7 @@ A text-to-video latent diffusion model, saved by the package `versvideo`.
 - **Trained on** {size}. Other sizes work less well.
 - **Prediction type** of the denoiser: {prediction}.
 - **Parts**: {parts}.
-- **License**: not stated. Replace `unknown` above; that of the weights and the data it was trained from counts.
+- **License**: not stated. Replace `unknown` above; the licenses of training data and starting weights matter.
 
 With versvideo installed, and FOLDER the path of this folder:
 
@@ -67,16 +67,22 @@ PICKLED = ["*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"]
 class SavedPipeline(DiffusionPipeline):
     "Saving and loading as of diffusers, in folders that `DiffusionPipeline` opens too, from safetensors alone."
 
+    @classmethod
+    def importable(cls) -> type:
+        "This class, or the nearest one that it inherits from which another process can import."
+        return next(kind for kind in cls.__mro__ if kind.__module__ != "__main__")
+
     def to_json_string(self) -> str:
         "The text of `model_index.json`, which names `pipeline.py` and the class in it."
-        index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
+        index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", self.importable().__name__]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, *args, **options) -> None:
         "As of diffusers, with `pipeline.py` and, unless there is one, a model card."
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pipeline.py").write_text(OPENER.format(module=type(self).__module__, kind=type(self).__name__))
+        kind = self.importable()
+        (folder / "pipeline.py").write_text(OPENER.format(module=kind.__module__, kind=kind.__name__))
         if not (folder / "README.md").exists():
             model_card(self).save(folder / "README.md")
         super().save_pretrained(save_directory, *args, **options)
@@ -91,7 +97,9 @@ class SavedPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options) -> str:
-        "Folder of a repository of the hub, without pickled weights; options as of diffusers."
+        "Folder of a repository of the hub, without pickled weights; FileNotFoundError for what is no hub id."
+        if len(Path(pretrained_model_name).parts) > 2 or pretrained_model_name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"there is no folder {pretrained_model_name}: give a folder or a hub id")
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         return snapshot_download(pretrained_model_name, ignore_patterns=PICKLED,
                                  **{name: options[name] for name in known if options.get(name) is not None})
@@ -107,10 +115,12 @@ class SavedPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options):
-        "As of diffusers; from a pipeline of this kind all parts are taken, of any class, and their precision stays."
-        if isinstance(pipeline, SavedPipeline):
-            known = cls._get_signature_keys(cls)[0]
-            kept = {name: part for name, part in pipeline.components.items() if name in known}
-            precision = {} if "torch_dtype" in options else dict(dtype=pipeline.dtype)
-            options = kept | precision | options
-        return super().from_pipe(pipeline, **options)
+        "As of diffusers; of a pipeline of this kind all parts are taken, and none is cast unless `dtype` is given."
+        if not isinstance(pipeline, SavedPipeline):
+            return super().from_pipe(pipeline, **options)
+        casts = [options.pop(name) for name in ("dtype", "torch_dtype") if name in options]
+        needed, optional = cls._get_signature_keys(cls)
+        settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
+        parts = {name: part for name, part in pipeline.components.items() if name in needed}
+        made = cls(**settings | parts | options)
+        return made.to(casts[0]) if casts else made

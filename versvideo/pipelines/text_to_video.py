@@ -124,7 +124,7 @@ guidance_rescale : float
 num_videos_per_prompt : int
     Videos for each prompt, next to each other in the batch. Default 1.
 eta : float
-    Share of the noise that DDIM adds back at each step, 0 (deterministic) to 1; the γ of TCD. Default 0.
+    Share of the noise that DDIM adds back at each step, 0 (deterministic) to 1; for TCD its parameter γ. Default 0.
 generator : torch.Generator or list of torch.Generator
     Source of the noise, one for all videos or one for each. Default: torch's global one.
 latents : torch.Tensor
@@ -160,7 +160,8 @@ style_scale : float
 style_guidance : float
     A separate guidance scale for the style, 0 to 1000; costs one more pass. Default None: that of the prompt.
 timesteps, sigmas : list
-    Falling steps, or noise levels to 0, in place of `num_inference_steps`, where the scheduler takes them.
+    Descending diffusion steps, or descending noise levels that end in 0, in place of `num_inference_steps`, where the
+    scheduler takes them.
 clip_skip : int
     Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
 

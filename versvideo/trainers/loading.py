@@ -239,6 +239,10 @@ def load_trained(
         vae, text_encoder, tokenizer = load_frozen(size)
         unet = VersVideoUNet(**SIZES[size].unet | dict(sample_size=SIZES[size].latent())).eval()
         pipe = VersVideoPipeline(vae, tokenizer, text_encoder, unet, training_scheduler())
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(f"{model=} has prediction_type={kind!r}, VersVideo is trained to predict the noise (epsilon): "
+                         "give a model that does")
     pipe.register_modules(scheduler=training_scheduler())  # whatever it was saved to sample with
     if image_encoder or (pipe.image_encoder is None and isinstance(base_of(size), Path)):
         with quiet_bars():
