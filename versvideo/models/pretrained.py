@@ -211,8 +211,8 @@ def check_predicts_noise(
         return
     if kind != "epsilon":
         raise ValueError(f"the UNet of {source} has prediction_type={kind!r}, VersVideo is trained to predict "
-                         "the noise (epsilon): take a model that does, such as sd21 (the base model of Stable "
-                         "Diffusion 2.1) or sd15")
+                         "the noise (epsilon): take a model that does; of Stable Diffusion these are sd15 and sd21, "
+                         "the base model of 2.1")
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-38
 def load_image_unet(

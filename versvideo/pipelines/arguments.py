@@ -24,7 +24,7 @@ from ..models.controlnet import VersVideoControlNet
 from ..models.tokenizer import known_words, unknown_words
 
 # %% ../../nbs/pipelines/arguments.ipynb #arguments-06
-_EMBEDS = "give prompt_embeds, and with guidance negative_prompt_embeds, as encode_prompt makes them"
+_EMBEDS = "load it with text_encoder and tokenizer, or give prompt_embeds and, with guidance, negative_prompt_embeds"
 WITHOUT = dict(text_encoder=_EMBEDS, tokenizer=_EMBEDS, unet="load it with the unet to generate",
                scheduler="set pipe.scheduler, for example to DDIMScheduler()",
                vae='load it with the vae, or give output_type="latent" and no frames to hold')
