@@ -178,6 +178,26 @@ def test_fused_pipeline_is_saved_as_any_other(pipe, trained, tmp_path):
     close(run(load_pipeline(save_pipeline(pipe, tmp_path / "fused", dtype=torch.float32), device="cpu")), trained[1])
 
 
+def test_deleted_lora_leaves_wrapped_layers(pipe, trained, tmp_path):
+    plain = run(pipe)
+    pipe.load_lora_weights(trained[0], adapter_name="mine")
+    pipe.delete_adapters("mine")
+    assert pipe.get_list_adapters() == {}
+    with pytest.raises(ValueError, match="LoRA layers are in unet: call unload_lora_weights"):
+        save_pipeline(pipe, tmp_path / "plain")
+    pipe.unload_lora_weights()
+    close(run(load_pipeline(save_pipeline(pipe, tmp_path / "plain", dtype=torch.float32), device="cpu")), plain)
+
+
+def test_fused_projections_take_no_lora(pipe, trained):
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        pipe.load_lora_weights(trained[0])
+    pipe.unet.unfuse_qkv_projections()
+    pipe.load_lora_weights(trained[0])
+    close(run(pipe), trained[1])
+
+
 def test_half_precision(trained):
     pipe = build().to(torch.bfloat16)
     plain = run(pipe)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..core.files import atomic_path
+from ..models.layers import has_lora
 from ..modules.moe import ExpertLinear
 
 # %% ../../nbs/pipelines/lora.ipynb #lora-06
@@ -102,9 +103,9 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
 
     def save_pretrained(self, *arguments, **options):
         "Save the pipeline; ValueError with LoRA layers, which would give its weights other names."
-        if self.get_list_adapters():
-            raise ValueError(f"LoRA layers are loaded ({self.get_list_adapters()}): call unload_lora_weights() before "
-                             "saving the pipeline, after fuse_lora() to keep what they do")
+        if wrapped := [name for name in self._lora_loadable_modules if has_lora(getattr(self, name) or nn.Module())]:
+            raise ValueError(f"LoRA layers are in {' and '.join(wrapped)}: call unload_lora_weights() before saving the "
+                             "pipeline, after fuse_lora() to keep what they do")
         super().save_pretrained(*arguments, **options)
 
 # %% ../../nbs/pipelines/lora.ipynb #lora-23
