@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -205,14 +206,20 @@ def test_half_precision(trained):
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16} and differ(run(pipe), plain)
 
 
-def test_text_encoder_too(pipe, tmp_path):
-    embed = lambda pipe: encode_text(pipe.text_encoder, pipe.tokenizer, ["a red circle"])
+def embed(pipe):
+    return encode_text(pipe.text_encoder, pipe.tokenizer, ["a red circle"])
+
+
+def test_text_encoder_too(pipe, tmp_path, capfd):
+    level = transformers.logging.get_verbosity()
     other, plain = build(), embed(pipe)
     weights, config = random_lora(other.text_encoder, 1, layers=["q_proj", "v_proj"])
     VersVideoPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=convert_state_dict_to_diffusers(weights),
                                         text_encoder_lora_adapter_metadata=config)
     assert differ(embed(other), plain)
+    capfd.readouterr()
     pipe.load_lora_weights(tmp_path, adapter_name="words")
+    assert "MISSING" not in "".join(capfd.readouterr()) and transformers.logging.get_verbosity() == level
     close(embed(pipe), embed(other))
     pipe.fuse_lora()
     close(embed(pipe), embed(other))
@@ -235,6 +242,7 @@ def pair(layer, out=32, width=32, rank=2):
 
 
 FITS = pair(f"unet.{TO_Q}")
+WORDS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("weights", "message"), [
@@ -255,6 +263,34 @@ def test_all_fit_or_none_is_loaded(weights, message):
     assert set(pipe.unet.state_dict()) == before and pipe.get_list_adapters() == {}
     pipe.load_lora_weights(FITS)
     assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_all_or_nothing_is_fused():
+    pipe = build(experts=(2, 2))
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    pipe.load_lora_weights(words, adapter_name="mine")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["expand"]), "mine")
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    for components, message in ((["text_encoder", "unet"], "merge the experts first"),
+                                (["text_encoder", "vae"], r"\{'vae'\} cannot have a LoRA")):
+        with pytest.raises(ValueError, match=message):
+            pipe.fuse_lora(components=components)
+        assert all(torch.equal(value, before[name]) for name, value in pipe.text_encoder.state_dict().items())
+    pipe.fuse_lora(components=["text_encoder"])
+    assert pipe.num_fused_loras == 1
+
+
+def test_compiled_networks_take_a_lora(pipe, trained):
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    plain, eager = embed(pipe), pipe.unet
+    pipe.unet, pipe.text_encoder = (torch.compile(model, backend="eager") for model in (eager, pipe.text_encoder))
+    pipe.load_lora_weights(load_file(trained[0] / FILE) | words, adapter_name="mine")
+    with pytest.raises(ValueError, match="LoRA layers are in text_encoder and unet"):
+        pipe.save_pretrained("never")
+    pipe.unet, pipe.text_encoder = eager, pipe.text_encoder._orig_mod
+    assert pipe.get_list_adapters() == {"unet": ["mine"], "text_encoder": ["mine"]} and differ(embed(pipe), plain)
+    pipe.set_adapters("mine", 3.0)
+    close(run(pipe), trained[1])
 
 
 def test_lora_of_merged_experts(pipe):

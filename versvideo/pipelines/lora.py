@@ -13,6 +13,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging
 
 from ..core.files import atomic_path
 from ..models.layers import has_lora
@@ -90,22 +91,38 @@ class LoraMixin(StableDiffusionLoraLoaderMixin):
 
     @classmethod
     def load_lora_into_unet(cls, state_dict, network_alphas, unet, adapter_name=None, _pipeline=None, **options):
-        "Check the weights of all models, then load those of the denoiser."
-        text_encoder = getattr(_pipeline, cls.text_encoder_name, None)
-        check_lora(state_dict, {cls.unet_name: unet} | ({cls.text_encoder_name: text_encoder} if text_encoder else {}))
-        super().load_lora_into_unet(state_dict, network_alphas, unet, adapter_name, _pipeline, **options)
+        "Check the weights of all models, then load those of the denoiser, where there are any."
+        models = {cls.unet_name: unet, cls.text_encoder_name: getattr(_pipeline, cls.text_encoder_name, None)}
+        models = {name: getattr(model, "_orig_mod", model) for name, model in models.items()
+                  if model is not None}  # below torch.compile
+        check_lora(state_dict, models)
+        if any(name.startswith(f"{cls.unet_name}.") for name in state_dict):
+            super().load_lora_into_unet(state_dict, network_alphas, models[cls.unet_name], adapter_name, _pipeline,
+                                        **options)
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict, *arguments, **options):
+    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **options):
         "Load the weights of the text encoder, where there are any."
-        if any(name.startswith(cls.text_encoder_name) for name in state_dict):
-            super().load_lora_into_text_encoder(state_dict, *arguments, **options)
+        if any(name.startswith(f"{cls.text_encoder_name}.") for name in state_dict):
+            text_encoder, level = getattr(text_encoder, "_orig_mod", text_encoder), logging.get_verbosity()
+            logging.set_verbosity_error()  # transformers reports all other weights as missing
+            try:
+                super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **options)
+            finally:
+                logging.set_verbosity(level)
+
+    def fuse_lora(self, components=("unet", "text_encoder"), *arguments, **options):
+        "As of diffusers. The UNet, which may refuse, comes first: then nothing is fused."
+        if unknown := set(components) - set(self._lora_loadable_modules):
+            raise ValueError(f"{components=}: {unknown} cannot have a LoRA; choose from {self._lora_loadable_modules}")
+        super().fuse_lora(sorted(components, key=self._lora_loadable_modules.index), *arguments, **options)
 
     def save_pretrained(self, *arguments, **options):
         "Save the pipeline; ValueError with LoRA layers, which would give its weights other names."
-        if wrapped := [name for name in self._lora_loadable_modules if has_lora(getattr(self, name) or nn.Module())]:
-            raise ValueError(f"LoRA layers are in {' and '.join(wrapped)}: call unload_lora_weights() before saving the "
-                             "pipeline, after fuse_lora() to keep what they do")
+        wrapped = [name for name, part in self.components.items() if isinstance(part, nn.Module) and has_lora(part)]
+        if wrapped:
+            raise ValueError(f"LoRA layers are in {' and '.join(wrapped)}: call unload_lora_weights() before "
+                             "saving the pipeline, after fuse_lora() to keep what they do")
         super().save_pretrained(*arguments, **options)
 
 # %% ../../nbs/pipelines/lora.ipynb #lora-23
