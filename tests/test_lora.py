@@ -210,16 +210,13 @@ def embed(pipe):
     return encode_text(pipe.text_encoder, pipe.tokenizer, ["a red circle"])
 
 
-def test_text_encoder_too(pipe, tmp_path, capfd):
-    level = transformers.logging.get_verbosity()
+def test_text_encoder_too(pipe, tmp_path):
     other, plain = build(), embed(pipe)
     weights, config = random_lora(other.text_encoder, 1, layers=["q_proj", "v_proj"])
     VersVideoPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=convert_state_dict_to_diffusers(weights),
                                         text_encoder_lora_adapter_metadata=config)
     assert differ(embed(other), plain)
-    capfd.readouterr()
     pipe.load_lora_weights(tmp_path, adapter_name="words")
-    assert "MISSING" not in "".join(capfd.readouterr()) and transformers.logging.get_verbosity() == level
     close(embed(pipe), embed(other))
     pipe.fuse_lora()
     close(embed(pipe), embed(other))
@@ -246,14 +243,16 @@ WORDS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("weights", "message"), [
-    (pair("unet.down_blocks.0.attentions.0.to_q"), r"down_blocks.0.attentions.0.to_q has no place"),
-    (pair(TO_Q), "to_q has no place"),
-    (pair(f"unet.{TO_Q}", width=64), r"is \(32, 64\) and the layer \(32, 32\)"),
-    (pair("text_encoder.encoder.layers.9.self_attn.q_proj"), "layers.9.self_attn.q_proj has no place"),
+    (pair("unet.down_blocks.0.attentions.0.to_q"), r"down_blocks.0.attentions.0.to_q: the model has no such layer"),
+    (pair(TO_Q), r"to_q: the model .* save them with pipe.save_lora_weights, or prefix the names with unet\."),
+    ({f"unet.{TO_Q}.lora_magnitude_vector": torch.ones(32)}, "DoRA and biases are not supported"),
+    ({f"unet.{TO_Q}.lora_B.bias": torch.ones(32)}, "DoRA and biases are not supported"),
+    (pair(f"unet.{TO_Q}", width=64), r"its shape is \(32, 64\), that of the layer \(32, 32\)"),
+    (pair("text_encoder.encoder.layers.9.self_attn.q_proj"), "layers.9.self_attn.q_proj: the model has no such layer"),
     (pair("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"), r"the layer \(128, 128\)"),
-    (dict(list(pair("unet.middle.spatial.proj_in").items())[:1]), "lacks its second matrix"),
+    (dict(list(pair("unet.middle.spatial.proj_in").items())[:1]), "lora_A or lora_B is missing"),
     (pair("unet.middle.spatial.experts.expand", 256), "merge the experts first"),
-    ({"unet.middle.lora_alpha": torch.ones(1)}, "has no place"),
+    ({"unet.middle.lora_alpha": torch.ones(1)}, "lora_alpha: the model has no such layer"),
 ])
 def test_all_fit_or_none_is_loaded(weights, message):
     pipe = build(experts=(2, 2))
@@ -293,6 +292,19 @@ def test_compiled_networks_take_a_lora(pipe, trained):
     close(run(pipe), trained[1])
 
 
+def test_second_lora_of_the_text_encoder_loads_quietly(pipe, caplog):
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    level = transformers.logging.get_verbosity()
+    pipe.load_lora_weights(words, adapter_name="one")
+    want = embed(pipe)
+    transformers.logging.add_handler(caplog.handler)
+    pipe.load_lora_weights(words, adapter_name="two")
+    transformers.logging.remove_handler(caplog.handler)
+    assert "MISSING" not in caplog.text and transformers.logging.get_verbosity() == level
+    pipe.set_adapters("one")
+    close(embed(pipe), want)
+
+
 def test_lora_of_merged_experts(pipe):
     pipe.load_lora_weights(pair("unet.middle.spatial.experts.expand", 256))
 
@@ -308,10 +320,20 @@ def test_pickles_are_not_read(pipe, tmp_path, name, given, monkeypatch):
     assert pipe.get_list_adapters() == {}
 
 
-def test_nowhere(pipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="gives no LoRA weights as safetensors"):
-        pipe.load_lora_weights(str(tmp_path / "none"))
+@pytest.mark.parametrize("source", ["/nonexistent", "./lora", "~/lora", "results/my/lora", "lora.safetensors"])
+def test_nowhere(pipe, source):
+    with pytest.raises(ValueError, match=f"there is no file or folder {source}"):
+        pipe.load_lora_weights(source)
+
+
+def test_not_on_the_hub(pipe):
+    with pytest.raises(ValueError, match="nobody/lora has no LoRA weights in safetensors"):
+        pipe.load_lora_weights("nobody/lora", local_files_only=True)
+
+
+def test_empty(pipe):
+    with pytest.raises(ValueError, match="there are no LoRA weights: the dict or the file is empty"):
+        pipe.load_lora_weights({})
 
 
 # The loop
@@ -467,12 +489,18 @@ def test_notebook_trains_a_lora(tmp_path, capsys):
 
 @pytest.mark.parametrize(("parameters", "message"), [
     (dict(lora_rank=4), "lora_rank=4, init='': LoRA layers are added to a trained model"),
-    (dict(lora_rank=-1, init="XS"), "lora_rank=-1"),
+    (dict(lora_rank=-1), "lora_rank=-1: give a whole number"),
+    (dict(lora_rank=2, init="sd15", size="XS"), "a trained model with the widths of this size"),
     (dict(lora_rank=4, init="XS", pretrained_share=0.5), "leave pretrained_share out"),
 ])
 def test_notebook_error(parameters, message):
     with pytest.raises(ValueError, match=message):
         train_by_notebook(**parameters)
+
+
+def test_rank_is_a_whole_number():
+    with pytest.raises(ValueError, match="lora_rank=2.5: give a whole number"):
+        resolve_unet("XS", init="XS", lora_rank=2.5)
 
 
 def test_embedded_model_takes_a_lora(tmp_path):
