@@ -5,6 +5,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -22,6 +23,7 @@ from torch import nn
 
 from versvideo.lab.plan import require_training_memory, state_bytes, training_bytes
 from versvideo.models.image_vae import build_vae
+from versvideo.models.layers import has_lora
 from versvideo.models.saving import save_pipeline
 from versvideo.models.sizes import SIZES
 from versvideo.models.text import ClipSize, build_clip, encode_text, split_clip
@@ -279,17 +281,26 @@ def test_all_or_nothing_is_fused():
     assert pipe.num_fused_loras == 1
 
 
-def test_compiled_networks_take_a_lora(pipe, trained):
+def test_compiled_networks(pipe, trained):
     words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
-    plain, eager = embed(pipe), pipe.unet
+    said, eager, plain = embed(pipe), pipe.unet, run(pipe)
     pipe.unet, pipe.text_encoder = (torch.compile(model, backend="eager") for model in (eager, pipe.text_encoder))
+    seen = lambda: SimpleNamespace(unet=pipe.unet._orig_mod, dtype=torch.float32)
     pipe.load_lora_weights(load_file(trained[0] / FILE) | words, adapter_name="mine")
     with pytest.raises(ValueError, match="LoRA layers are in text_encoder and unet"):
         pipe.save_pretrained("never")
-    pipe.unet, pipe.text_encoder = eager, pipe.text_encoder._orig_mod
-    assert pipe.get_list_adapters() == {"unet": ["mine"], "text_encoder": ["mine"]} and differ(embed(pipe), plain)
+    assert pipe.get_list_adapters() == {"unet": ["mine"], "text_encoder": ["mine"]}
     pipe.set_adapters("mine", 3.0)
-    close(run(pipe), trained[1])
+    close(run(seen()), trained[1])
+    pipe.fuse_lora()
+    assert pipe.num_fused_loras == 1
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    close(run(seen()), plain)
+    pipe.unload_lora_weights()
+    assert not has_lora(eager) and pipe.unet._orig_mod is eager
+    pipe.text_encoder = pipe.text_encoder._orig_mod
+    close(embed(pipe), said)
 
 
 def test_second_lora_of_the_text_encoder_loads_quietly(pipe, caplog):
