@@ -5,10 +5,12 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -21,6 +23,7 @@ from torch import nn
 
 from versvideo.lab.plan import require_training_memory, state_bytes, training_bytes
 from versvideo.models.image_vae import build_vae
+from versvideo.models.layers import has_lora
 from versvideo.models.saving import save_pipeline
 from versvideo.models.sizes import SIZES
 from versvideo.models.text import ClipSize, build_clip, encode_text, split_clip
@@ -178,6 +181,26 @@ def test_fused_pipeline_is_saved_as_any_other(pipe, trained, tmp_path):
     close(run(load_pipeline(save_pipeline(pipe, tmp_path / "fused", dtype=torch.float32), device="cpu")), trained[1])
 
 
+def test_deleted_lora_leaves_wrapped_layers(pipe, trained, tmp_path):
+    plain = run(pipe)
+    pipe.load_lora_weights(trained[0], adapter_name="mine")
+    pipe.delete_adapters("mine")
+    assert pipe.get_list_adapters() == {}
+    with pytest.raises(ValueError, match="LoRA layers are in unet: call unload_lora_weights"):
+        save_pipeline(pipe, tmp_path / "plain")
+    pipe.unload_lora_weights()
+    close(run(load_pipeline(save_pipeline(pipe, tmp_path / "plain", dtype=torch.float32), device="cpu")), plain)
+
+
+def test_fused_projections_take_no_lora(pipe, trained):
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        pipe.load_lora_weights(trained[0])
+    pipe.unet.unfuse_qkv_projections()
+    pipe.load_lora_weights(trained[0])
+    close(run(pipe), trained[1])
+
+
 def test_half_precision(trained):
     pipe = build().to(torch.bfloat16)
     plain = run(pipe)
@@ -185,8 +208,11 @@ def test_half_precision(trained):
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16} and differ(run(pipe), plain)
 
 
+def embed(pipe):
+    return encode_text(pipe.text_encoder, pipe.tokenizer, ["a red circle"])
+
+
 def test_text_encoder_too(pipe, tmp_path):
-    embed = lambda pipe: encode_text(pipe.text_encoder, pipe.tokenizer, ["a red circle"])
     other, plain = build(), embed(pipe)
     weights, config = random_lora(other.text_encoder, 1, layers=["q_proj", "v_proj"])
     VersVideoPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=convert_state_dict_to_diffusers(weights),
@@ -215,17 +241,20 @@ def pair(layer, out=32, width=32, rank=2):
 
 
 FITS = pair(f"unet.{TO_Q}")
+WORDS = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(("weights", "message"), [
-    (pair("unet.down_blocks.0.attentions.0.to_q"), r"down_blocks.0.attentions.0.to_q has no place"),
-    (pair(TO_Q), "to_q has no place"),
-    (pair(f"unet.{TO_Q}", width=64), r"is \(32, 64\) and the layer \(32, 32\)"),
-    (pair("text_encoder.encoder.layers.9.self_attn.q_proj"), "layers.9.self_attn.q_proj has no place"),
+    (pair("unet.down_blocks.0.attentions.0.to_q"), r"down_blocks.0.attentions.0.to_q: the model has no such layer"),
+    (pair(TO_Q), r"to_q: the model .* save them with pipe.save_lora_weights, or prefix the names with unet\."),
+    ({f"unet.{TO_Q}.lora_magnitude_vector": torch.ones(32)}, "DoRA and biases are not supported"),
+    ({f"unet.{TO_Q}.lora_B.bias": torch.ones(32)}, "DoRA and biases are not supported"),
+    (pair(f"unet.{TO_Q}", width=64), r"its shape is \(32, 64\), that of the layer \(32, 32\)"),
+    (pair("text_encoder.encoder.layers.9.self_attn.q_proj"), "layers.9.self_attn.q_proj: the model has no such layer"),
     (pair("text_encoder.text_model.encoder.layers.0.self_attn.q_proj"), r"the layer \(128, 128\)"),
-    (dict(list(pair("unet.middle.spatial.proj_in").items())[:1]), "lacks its second matrix"),
+    (dict(list(pair("unet.middle.spatial.proj_in").items())[:1]), "lora_A or lora_B is missing"),
     (pair("unet.middle.spatial.experts.expand", 256), "merge the experts first"),
-    ({"unet.middle.lora_alpha": torch.ones(1)}, "has no place"),
+    ({"unet.middle.lora_alpha": torch.ones(1)}, "lora_alpha: the model has no such layer"),
 ])
 def test_all_fit_or_none_is_loaded(weights, message):
     pipe = build(experts=(2, 2))
@@ -235,6 +264,56 @@ def test_all_fit_or_none_is_loaded(weights, message):
     assert set(pipe.unet.state_dict()) == before and pipe.get_list_adapters() == {}
     pipe.load_lora_weights(FITS)
     assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_all_or_nothing_is_fused():
+    pipe = build(experts=(2, 2))
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    pipe.load_lora_weights(words, adapter_name="mine")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["expand"]), "mine")
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    for components, message in ((["text_encoder", "unet"], "merge the experts first"),
+                                (["text_encoder", "vae"], r"\{'vae'\} cannot have a LoRA")):
+        with pytest.raises(ValueError, match=message):
+            pipe.fuse_lora(components=components)
+        assert all(torch.equal(value, before[name]) for name, value in pipe.text_encoder.state_dict().items())
+    pipe.fuse_lora(components=["text_encoder"])
+    assert pipe.num_fused_loras == 1
+
+
+def test_compiled_networks(pipe, trained):
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    said, eager, plain = embed(pipe), pipe.unet, run(pipe)
+    pipe.unet, pipe.text_encoder = (torch.compile(model, backend="eager") for model in (eager, pipe.text_encoder))
+    seen = lambda: SimpleNamespace(unet=pipe.unet._orig_mod, dtype=torch.float32)
+    pipe.load_lora_weights(load_file(trained[0] / FILE) | words, adapter_name="mine")
+    with pytest.raises(ValueError, match="LoRA layers are in text_encoder and unet"):
+        pipe.save_pretrained("never")
+    assert pipe.get_list_adapters() == {"unet": ["mine"], "text_encoder": ["mine"]}
+    pipe.set_adapters("mine", 3.0)
+    close(run(seen()), trained[1])
+    pipe.fuse_lora()
+    assert pipe.num_fused_loras == 1
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    close(run(seen()), plain)
+    pipe.unload_lora_weights()
+    assert not has_lora(eager) and pipe.unet._orig_mod is eager
+    pipe.text_encoder = pipe.text_encoder._orig_mod
+    close(embed(pipe), said)
+
+
+def test_second_lora_of_the_text_encoder_loads_quietly(pipe, caplog):
+    words = {name: torch.randn_like(value) for name, value in pair(WORDS, 128, 128).items()}
+    level = transformers.logging.get_verbosity()
+    pipe.load_lora_weights(words, adapter_name="one")
+    want = embed(pipe)
+    transformers.logging.add_handler(caplog.handler)
+    pipe.load_lora_weights(words, adapter_name="two")
+    transformers.logging.remove_handler(caplog.handler)
+    assert "MISSING" not in caplog.text and transformers.logging.get_verbosity() == level
+    pipe.set_adapters("one")
+    close(embed(pipe), want)
 
 
 def test_lora_of_merged_experts(pipe):
@@ -252,10 +331,20 @@ def test_pickles_are_not_read(pipe, tmp_path, name, given, monkeypatch):
     assert pipe.get_list_adapters() == {}
 
 
-def test_nowhere(pipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="gives no LoRA weights as safetensors"):
-        pipe.load_lora_weights(str(tmp_path / "none"))
+@pytest.mark.parametrize("source", ["/nonexistent", "./lora", "~/lora", "results/my/lora", "lora.safetensors"])
+def test_nowhere(pipe, source):
+    with pytest.raises(ValueError, match=f"there is no file or folder {source}"):
+        pipe.load_lora_weights(source)
+
+
+def test_not_on_the_hub(pipe):
+    with pytest.raises(ValueError, match="nobody/lora has no LoRA weights in safetensors"):
+        pipe.load_lora_weights("nobody/lora", local_files_only=True)
+
+
+def test_empty(pipe):
+    with pytest.raises(ValueError, match="there are no LoRA weights: the dict or the file is empty"):
+        pipe.load_lora_weights({})
 
 
 # The loop
@@ -411,12 +500,18 @@ def test_notebook_trains_a_lora(tmp_path, capsys):
 
 @pytest.mark.parametrize(("parameters", "message"), [
     (dict(lora_rank=4), "lora_rank=4, init='': LoRA layers are added to a trained model"),
-    (dict(lora_rank=-1, init="XS"), "lora_rank=-1"),
+    (dict(lora_rank=-1), "lora_rank=-1: give a whole number"),
+    (dict(lora_rank=2, init="sd15", size="XS"), "a trained model with the widths of this size"),
     (dict(lora_rank=4, init="XS", pretrained_share=0.5), "leave pretrained_share out"),
 ])
 def test_notebook_error(parameters, message):
     with pytest.raises(ValueError, match=message):
         train_by_notebook(**parameters)
+
+
+def test_rank_is_a_whole_number():
+    with pytest.raises(ValueError, match="lora_rank=2.5: give a whole number"):
+        resolve_unet("XS", init="XS", lora_rank=2.5)
 
 
 def test_embedded_model_takes_a_lora(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from versvideo.models.controlnet import VersVideoControlNet
-from versvideo.models.layers import LayeredModel
+from versvideo.models.layers import LayeredModel, has_lora
 from versvideo.models.style import StyleAdapter
 from versvideo.models.text import ClipSize, build_clip, split_clip
 from versvideo.models.unet import VersVideoUNet
@@ -309,7 +309,7 @@ def with_lora(name, *targets):
 def test_lora_of_several_experts_is_not_fused():
     unet = with_lora("unet", "to_q", "expand")
     before = copy.deepcopy(unet.state_dict())
-    with pytest.raises(ValueError, match="merge first"):
+    with pytest.raises(ValueError, match="merge the experts first"):
         unet.fuse_lora()
     assert all(torch.equal(p, before[name]) for name, p in unet.state_dict().items())
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "plain")
@@ -350,6 +350,34 @@ def test_projections_with_a_lora_are_not_fused():
     unet.unload_lora()
     unet.fuse_qkv_projections()
     torch.testing.assert_close(run(unet), want, rtol=0, atol=1e-4)
+
+
+def test_fused_projections_take_no_lora(tmp_path):
+    unet, config = build("unet"), LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
+    with_lora("unet", "to_v").save_lora_adapter(tmp_path, "style")
+    load = lambda: unet.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    unet.fuse_qkv_projections()
+    want = run(unet)
+    for add in (lambda: unet.add_adapter(config), load):
+        with pytest.raises(ValueError, match=r"unfuse_qkv_projections\(\) first"):
+            add()
+    assert torch.equal(run(unet), want) and not has_lora(unet)
+    unet.unfuse_qkv_projections()
+    load()
+    torch.testing.assert_close(run(unet), run(with_lora("unet", "to_v")), rtol=0, atol=1e-5)
+
+
+def test_network_with_lora_layers_is_not_saved(tmp_path):
+    unet = with_lora("unet", "to_v")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="LoRA layers are loaded"):
+            unet.save_pretrained(tmp_path / "unet")
+        unet.delete_adapters("style")                      # the layers stay wrapped
+    assert not (tmp_path / "unet").exists()
+    unet.unload_lora()
+    unet.save_pretrained(tmp_path / "unet")
+    saved = VersVideoUNet.from_pretrained(tmp_path / "unet").state_dict()
+    assert saved.keys() == unet.state_dict().keys() == build("unet").state_dict().keys()
 
 
 # Quantised loading, by a quantiser that does as those of diffusers do
@@ -396,7 +424,7 @@ def eight_bits(monkeypatch):
 def test_quantised_loading(tmp_path, eight_bits, name):
     model = build(name)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"experts=\(2, 3\) cannot be quantised: merge first"):
+    with pytest.raises(ValueError, match=r"experts=\(2, 3\) cannot be quantised: merge the experts first"):
         type(model).from_pretrained(tmp_path, quantization_config=eight_bits)
     assert torch.equal(run(type(model).from_pretrained(tmp_path)), run(model))
     model.merge_experts().save_pretrained(tmp_path)

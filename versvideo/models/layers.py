@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_frame', 'ResBlock', 'Layer', 'Downsample', 'Upsample', 'skip_channels', 'channels_in', 'layer_arguments',
-           'layers_of', 'token_bias', 'check_inputs', 'ExpertMixin', 'FusionMixin', 'LayeredModel']
+           'layers_of', 'token_bias', 'check_inputs', 'ExpertMixin', 'has_lora', 'FusionMixin', 'LayeredModel']
 
 # %% ../../nbs/models/layers.ipynb #layers-03
 import torch
@@ -234,7 +234,7 @@ class ExpertMixin:
         built = super().from_config(config, return_unused_kwargs, **options)
         new = (built[0] if return_unused_kwargs else built).config
         if new.get("quantization_config") and max(new.experts) > 1:
-            raise ValueError(f"experts={tuple(new.experts)} cannot be quantised: merge first. Load without "
+            raise ValueError(f"experts={tuple(new.experts)} cannot be quantised: merge the experts first. Load without "
                              "quantization_config, merge_experts(), save, and load that")
         return built
 
@@ -255,6 +255,13 @@ class ExpertMixin:
         return self
 
 # %% ../../nbs/models/layers.ipynb #layers-40
+def has_lora(
+    model: nn.Module,
+) -> bool:
+    "Whether layers are wrapped for a LoRA; so they are when its last adapter is deleted, until `unload_lora`."
+    return any(hasattr(layer, "base_layer") for layer in model.modules())
+
+# %% ../../nbs/models/layers.ipynb #layers-42
 class FusionMixin(AttentionMixin, PeftAdapterMixin):
     "LoRAs and attention of diffusers; what would fuse wrongly is refused before anything is fused."
 
@@ -262,17 +269,38 @@ class FusionMixin(AttentionMixin, PeftAdapterMixin):
         "As of diffusers. ValueError for a LoRA of several experts, whose weights are not one matrix."
         layers = [m for m in self.modules() if isinstance(getattr(m, "base_layer", None), ExpertLinear)]
         if any(set(adapter_names or m.active_adapters) & set(m.lora_A) for m in layers):
-            raise ValueError("this LoRA is on several experts: merge first. "
-                             "unload_lora(), merge_experts(), load it again, and fuse it then")
+            raise ValueError("this LoRA is on layers of several experts: merge the experts first. unload_lora(), "
+                             "merge_experts(), load it again, and fuse it then")
         super().fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def fuse_qkv_projections(self) -> None:
         "As of diffusers; call it before offloading. ValueError for a network with LoRAs, which would be left out."
         if getattr(self, "peft_config", None):
-            raise ValueError("fuse_qkv_projections leaves LoRAs out: fuse_lora() and unload_lora() first")
+            raise ValueError("the fused projections ignore LoRAs: fuse_lora() and unload_lora() first")
         super().fuse_qkv_projections()
 
-# %% ../../nbs/models/layers.ipynb #layers-41
+    def add_adapter(self, *arguments, **options) -> None:
+        "As of diffusers. ValueError with fused projections, which would ignore it."
+        self._refuse_fused()
+        super().add_adapter(*arguments, **options)
+
+    def load_lora_adapter(self, *arguments, **options) -> None:
+        "As of diffusers. ValueError with fused projections, which would ignore it."
+        self._refuse_fused()
+        super().load_lora_adapter(*arguments, **options)
+
+    def save_pretrained(self, *arguments, **options) -> None:
+        "As of diffusers. ValueError with LoRA layers, which would give the weights other names."
+        if has_lora(self):
+            raise ValueError("LoRA layers are loaded: save_lora_adapter() saves them; call unload_lora() before saving "
+                             "the network, after fuse_lora() to keep what they do")
+        super().save_pretrained(*arguments, **options)
+
+    def _refuse_fused(self):
+        if any(getattr(layer, "fused_projections", False) for layer in self.modules()):
+            raise ValueError("the fused projections ignore LoRAs: call unfuse_qkv_projections() first")
+
+# %% ../../nbs/models/layers.ipynb #layers-43
 class LayeredModel(ExpertMixin, FusionMixin, ModelMixin, ConfigMixin):
     """A network whose first half is that of the UNet; base class of `VersVideoUNet` and `VersVideoControlNet`.
 

@@ -136,7 +136,7 @@ def merge_experts(
     layers = [layer for m in several for layer in m.children()]
     changed = any(type(layer) is not ExpertLinear or hasattr(layer, "_hf_hook") for layer in layers)
     if changed or any(hasattr(m, "_diffusers_hook") for m in module.modules()):   # groups of an offload are larger
-        raise ValueError("these experts carry an adapter, a cast or an offload: "
-                         "merge first and add them then, or unload the adapter")
+        raise ValueError("these experts have a LoRA, another precision or offloading: "
+                         "merge first and add it then, or unload the LoRA")
     for ffn in several:
         ffn.experts, ffn.expand, ffn.contract = 1, ffn.expand.merged(), ffn.contract.merged()

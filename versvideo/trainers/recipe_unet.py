@@ -80,12 +80,14 @@ def resolve_unet(
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
     unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
     whole = init and not is_selected(unet["block_out_channels"], init)
+    if not isinstance(lora_rank, int) or lora_rank < 0:
+        raise ValueError(f"{lora_rank=}: give a whole number from 1 on, or 0 for no LoRA")
     if lora_rank and not whole:
-        raise ValueError(f"{lora_rank=}, {init=}: LoRA layers are added to a trained model that fits this size whole: "
-                         "name it as init, for example init=XS at size XS")
-    if lora_rank < 0 or lora_rank and pretrained_share != -1:
-        raise ValueError(f"{lora_rank=}, {pretrained_share=}: give a rank from 1 on, or 0 for no LoRA; with LoRA leave "
-                         "pretrained_share out, as what init loads is frozen")
+        raise ValueError(f"{lora_rank=}, {init=}: LoRA layers are added to a trained model with the widths of this "
+                         "size: name it as init, for example init=XS at size XS")
+    if lora_rank and pretrained_share != -1:
+        raise ValueError(f"{lora_rank=}, {pretrained_share=}: with LoRA leave pretrained_share out, as what init loads "
+                         "is frozen")
     share = pretrained_share if init and pretrained_share != -1 else 0.1 if whole and not lora_rank else 1.0
     new = change_settings(cfg, pretrained_share=share, **changes)
     if image_steps < 0:  # a shorter run starts with fewer; what is loaded whole knows images
