@@ -7,6 +7,8 @@ __all__ = ['per_frame', 'ResBlock', 'Layer', 'Downsample', 'Upsample', 'skip_cha
            'layers_of', 'token_bias', 'check_inputs', 'ExpertMixin', 'has_lora', 'FusionMixin', 'LayeredModel']
 
 # %% ../../nbs/models/layers.ipynb #layers-03
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -289,6 +291,7 @@ class FusionMixin(AttentionMixin, PeftAdapterMixin):
         self._refuse_fused()
         super().load_lora_adapter(*arguments, **options)
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines of diffusers look which arguments it has
     def save_pretrained(self, *arguments, **options) -> None:
         "As of diffusers. ValueError with LoRA layers, which would give the weights other names."
         if has_lora(self):
