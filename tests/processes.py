@@ -4,8 +4,18 @@ import multiprocessing
 import os
 import socket
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    "One process on the CPU, wherever the tests of a file that imports this run."
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def free_port():

@@ -299,11 +299,13 @@ def test_clip_skip_is_that_of_stable_diffusion(skip, projection):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_clip_skip_leaves_nothing_behind(pipe):
-    pipe.encode_prompt("a red circle", clip_skip=pipe.text_encoder.config.num_hidden_layers - 1)
+def test_clip_skip_leaves_nothing_behind():
+    tokenizer, text_encoder = deep_text()
+    pipe = build(tokenizer=tokenizer, text_encoder=text_encoder)
+    pipe.encode_prompt("a red circle", clip_skip=1)
     pickle.loads(pickle.dumps(pipe.text_encoder))
-    for wrong in (1.0, True, -1, 99):
-        with pytest.raises(ValueError, match=f"clip_skip={wrong!r}: the text encoder has"):
+    for wrong in (1.0, True, -1, 3):
+        with pytest.raises(ValueError, match=f"clip_skip={wrong!r}: the text encoder has 3 layers, give 0 to 2"):
             pipe.encode_prompt("a red circle", clip_skip=wrong)
 
 
@@ -377,7 +379,7 @@ def test_schedulers_that_contradict_the_model(whole, pipe):
         pipe("a red circle")
     with pytest.raises(ValueError, match="num_inference_steps=60 does not suit LCMScheduler .* give at most 50"):
         load_pipeline(whole, scheduler="LCM", device="cpu")("a red circle", num_inference_steps=60)
-    with pytest.raises(ValueError, match="did you mean|known"):
+    with pytest.raises(ValueError, match="scheduler='Amused'"):
         get_scheduler("Amused", pipe.scheduler.config)
 
 

@@ -2,20 +2,17 @@
 
 import json
 import os
-import warnings
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from cells import run_cells
 from diffusers import DDIMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from processes import as_processes, ends
+from processes import as_processes, ends, on_the_cpu  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_trainers import shard_here
@@ -39,18 +36,8 @@ from versvideo.trainers.loop import fit
 from versvideo.trainers.objectives import denoising_loss, training_scheduler
 from versvideo.trainers.recipe_unet import assemble, build_unet, resolve_unet
 
-REPO = Path(__file__).resolve().parents[1]
 FILE = "pytorch_lora_weights.safetensors"
 TO_Q = "middle.spatial.self_attention.to_q"
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    "One process on the CPU, wherever the tests run."
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def awake(module, only=""):
@@ -459,21 +446,9 @@ def smoke(folder):
     return str(save_pipeline(assemble(unet, *load_frozen("smoke")), folder))
 
 
-def train_by_notebook(**parameters):
-    names = {}
-    for cell in nbformat.read(REPO / "nbs/20_train_unet.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            with warnings.catch_warnings():
-                exec(cell.source, names)
-            if "parameters" in cell.metadata.get("tags", []):
-                assert parameters.keys() <= names.keys()
-                names.update(parameters)
-    return names
-
-
 def test_notebook_trains_a_lora(tmp_path, capsys):
     init, out = smoke(tmp_path / "init"), tmp_path / "out"
-    names = train_by_notebook(init=init, out=str(out), lora_rank=2, lr=0.05, steps=4, save_every=2)
+    names = run_cells("20_train_unet.ipynb", init=init, out=str(out), lora_rank=2, lr=0.05, steps=4, save_every=2)
     assert sorted(path.name for path in (out / "lora").iterdir()) == [FILE] and not (out / "weights").exists()
     assert list((out / "samples").glob("*.jpg"))
     said = capsys.readouterr().out
@@ -506,7 +481,7 @@ def test_notebook_trains_a_lora(tmp_path, capsys):
 ])
 def test_notebook_error(parameters, message):
     with pytest.raises(ValueError, match=message):
-        train_by_notebook(**parameters)
+        run_cells("20_train_unet.ipynb", **parameters)
 
 
 def test_rank_is_a_whole_number():

@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 import warnings
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
+from cells import run_cells
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import export_to_video
@@ -30,7 +31,6 @@ from versvideo.pipelines.loading import find_pipeline, load_pipeline
 from versvideo.pipelines.schedulers import SCHEDULERS, get_scheduler
 from versvideo.pipelines.text_to_video import VersVideoPipeline
 
-REPO = Path(__file__).resolve().parents[1]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
 WORDS = "a red blue circle star moving left right on navy black background"
@@ -663,16 +663,7 @@ def test_embedded_weights_are_small_and_half():
 
 # nbs/30_generate.ipynb, cell by cell in this process
 
-def generate(**parameters):
-    names = {}
-    for cell in nbformat.read(REPO / "nbs/30_generate.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            with warnings.catch_warnings():
-                exec(cell.source, names)
-            if "parameters" in cell.metadata.get("tags", []):
-                assert parameters.keys() <= names.keys()
-                names.update(parameters)
-    return names
+generate = partial(run_cells, "30_generate.ipynb")
 
 
 def test_notebook_writes_both_files(saved, tmp_path, capsys):

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from processes import as_processes, ends
+from processes import as_processes, ends, on_the_cpu  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -50,15 +50,6 @@ from versvideo.trainers.objectives import (
 KILLS = 50
 UNET = dict(block_out_channels=(8,), attention_levels=(False,), head_dim=4,
             cross_attention_dim=6, experts=(2, 2), norm_groups=4)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    "One process on the CPU, wherever the tests run."
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def build_unet(seed=0):

@@ -277,7 +277,7 @@ class FusionMixin(AttentionMixin, PeftAdapterMixin):
 
     def fuse_qkv_projections(self) -> None:
         "As of diffusers; call it before offloading. ValueError for a network with LoRAs, which would be left out."
-        if getattr(self, "peft_config", None):
+        if has_lora(self):
             raise ValueError("the fused projections ignore LoRAs: fuse_lora() and unload_lora() first")
         super().fuse_qkv_projections()
 
