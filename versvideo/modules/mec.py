@@ -72,15 +72,10 @@ def tap_means(
 ) -> torch.Tensor:    # `b c 3 3 t`; entry (1, 1) is the mean of the frame
     "Mean over h·w of what each tap of a 3×3 convolution with zero padding sees of a frame."
     h, w = x.shape[3:]
-
-    def taps(whole, first, last):   # the tap before the centre misses the last, the one after it the first
-        return torch.stack([whole - last, whole, whole - first], dim=2)
-
-    def row(y):                     # `b c t w`: its part in the mean of the frame, for the three columns of taps
-        return taps(y.mean(3), y[..., 0] / w, y[..., -1] / w) / h
-
-    every_row = taps(x.mean((3, 4)), x[..., 0].mean(3) / w, x[..., -1].mean(3) / w)
-    return taps(every_row, row(x[:, :, :, 0]), row(x[:, :, :, -1]))
+    rows, columns = x.new_ones(3, h), x.new_ones(3, w)
+    for sees in (rows, columns):   # the tap before the centre misses the last, the one after it the first
+        sees[0, -1] = sees[2, 0] = 0
+    return torch.einsum("bcthw,ih,jw->bcijt", x, rows, columns) / (h * w)
 
 # %% ../../nbs/modules/mec.ipynb #mec-42
 class MotionExcitation(nn.Module):
