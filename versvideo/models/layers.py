@@ -22,6 +22,7 @@ from .saving import change_config
 from ..modules.attention import SpatialTransformer, TemporalTransformer
 from ..modules.mec import MultiExcitationConv
 from ..modules.moe import ExpertLinear, exchange_experts, merge_experts
+from ..modules.norms import GroupNorm
 
 # %% ../../nbs/models/layers.ipynb #layers-06
 def per_frame(
@@ -44,7 +45,7 @@ class ResBlock(nn.Module):
         mec: dict | None = None,  # Arguments of `MultiExcitationConv`
     ):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(norm_groups, channels_in), nn.GroupNorm(norm_groups, channels_out)
+        self.norm1, self.norm2 = GroupNorm(norm_groups, channels_in), GroupNorm(norm_groups, channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.step = nn.Linear(step_dim, channels_out)
         self.conv2 = MultiExcitationConv(channels_out, **mec or {})

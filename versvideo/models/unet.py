@@ -17,6 +17,7 @@ from torch import nn
 from versvideo.models.layers import (
     LayeredModel, Upsample, channels_in, check_inputs, layer_arguments, layers_of, per_frame, token_bias,
 )
+from ..modules.norms import GroupNorm
 
 # diffusers looks for ModelMixin in the module of a model that it loads
 from diffusers import ModelMixin  # noqa: F401
@@ -76,7 +77,7 @@ class VersVideoUNet(LayeredModel):
         self.make_way_down()
         self.up = layers_of(reversed(layer_arguments(self.config)), channels_in(widths, layers_per_block)[1])
         self.upsample = nn.ModuleList(Upsample(c) for c in reversed(widths[1:]))
-        self.norm_out = nn.GroupNorm(norm_groups, widths[0])
+        self.norm_out = GroupNorm(norm_groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)

@@ -29,6 +29,7 @@ from .layers import per_frame
 from .saving import plain_config
 from .tiling import decode_in_tiles, decode_in_windows, windows
 from ..modules.mec import MultiExcitationConv
+from ..modules.norms import GroupNorm
 
 # diffusers looks for ModelMixin in the module of a model that it loads
 from diffusers import ModelMixin  # noqa: F401
@@ -48,7 +49,7 @@ class TemporalCompensation(nn.Module):
         norm_groups: int = 32,  # Groups of the group norm
     ):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.mec = MultiExcitationConv(channels)
         nn.init.zeros_(self.mec.spatial.weight)
         nn.init.zeros_(self.mec.spatial.bias)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import nn
 
 from .moe import ExpertFeedForward
+from .norms import GroupNorm, LayerNorm
 
 # %% ../../nbs/modules/attention.ipynb #attention-08
 class BackendAttention:
@@ -73,9 +74,9 @@ class SpatialTransformer(nn.Module):
         norm_groups: int = 32  # Groups of the group norm
     ):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(channels) for _ in range(3))
         self.self_attention = attention(channels, head_dim)
         self.cross_attention = attention(channels, head_dim, text_dim)
         self.experts = ExpertFeedForward(channels, experts)
@@ -126,10 +127,10 @@ class TemporalTransformer(nn.Module):
         attentions: int = 1,    # Self-attentions one after the other (AnimateDiff: 2)
     ):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(attentions))
-        self.norm_experts = nn.LayerNorm(channels)
+        self.norms = nn.ModuleList(LayerNorm(channels) for _ in range(attentions))
+        self.norm_experts = LayerNorm(channels)
         self.attentions = nn.ModuleList(attention(channels, head_dim) for _ in range(attentions))
         self.experts = ExpertFeedForward(channels, experts)
         self.position_gain = nn.Parameter(torch.ones(1))

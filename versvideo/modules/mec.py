@@ -61,9 +61,10 @@ class ChannelExcitation(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # ẑ, `b c t h w`
+        means: torch.Tensor | None = None,  # Of its frames, `b c t`, where they are known
     ) -> torch.Tensor:    # M_C, `b c t 1 1`
         "The mask of ẑ."
-        c3 = self.extend(self.temporal(self.squeeze(x.mean((3, 4)))))
+        c3 = self.extend(self.temporal(self.squeeze(x.mean((3, 4)) if means is None else means)))
         return c3.sigmoid()[..., None, None]
 
 # %% ../../nbs/modules/mec.ipynb #mec-38
@@ -96,12 +97,12 @@ class MotionExcitation(nn.Module):
 
     def differences(
         self,
-        x: torch.Tensor,  # ẑ, `b c t h w`
-    ) -> torch.Tensor:    # `b c/reduction t`
+        taps: torch.Tensor,  # `tap_means` of ẑ, `b c 3 3 t`
+    ) -> torch.Tensor:       # `b c/reduction t`
         "Mean over space of m: entry t compares frame t+1 with frame t, the last entry is zero."
-        q = self.squeeze(tap_means(x).flatten(2)).unflatten(2, (3, 3, -1))
+        q = self.squeeze(taps.flatten(2)).unflatten(2, (3, 3, -1))
         filtered = self.filter(rearrange(q, "b s i j t -> (b t) s i j"))
-        filtered = rearrange(filtered, "(b t) s 1 1 -> b s t", b=len(x))
+        filtered = rearrange(filtered, "(b t) s 1 1 -> b s t", b=len(taps))
         return F.pad(filtered[:, :, 1:] - q[:, :, 1, 1, :-1], (0, 1))
 
     def magnitudes(
@@ -118,9 +119,10 @@ class MotionExcitation(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # ẑ, `b c t h w`
+        taps: torch.Tensor | None = None,  # Its `tap_means`, where they are known
     ) -> torch.Tensor:    # M_M, `b c t 1 1`
         "The mask of ẑ."
-        m = self.magnitudes(x) if self.magnitude else self.differences(x)
+        m = self.magnitudes(x) if self.magnitude else self.differences(tap_means(x) if taps is None else taps)
         return self.extend(m).sigmoid()[..., None, None]
 
 # %% ../../nbs/modules/mec.ipynb #mec-48
@@ -222,7 +224,9 @@ class MultiExcitationConv(nn.Module):
         z: torch.Tensor,  # ẑ, `b c t h w`
     ) -> dict:            # Name of an excitation to its mask
         "The masks of ẑ."
-        return {name: getattr(self, name)(z) for name in self.excitations}
+        taps = tap_means(z)
+        known = dict(channel=(taps[:, :, 1, 1],), motion=(taps,))
+        return {name: getattr(self, name)(z, *known.get(name, ())) for name in self.excitations}
 
     def forward(
         self,
