@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHIPS', 'PRODUCTS', 'IN_FULL', 'WIDEST', 'KINDS', 'OF_KIND', 'FREE', 'Chip', 'fused_attention',
-           'fused_attention_backward', 'attention_flops', 'attend', 'MetaAutocast', 'kind_of', 'bytes_of',
+           'fused_attention_backward', 'attention_flops', 'attend', 'MetaAutocast', 'kind_of', 'bytes_of', 'like_cudnn',
            'OperationCount', 'by_kind', 'count_training', 'count_sampling']
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-03
@@ -58,7 +58,7 @@ def fused_attention_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-fused_attention.register_fake(lambda q, k, v: q.new_empty(*q.shape[:-1], v.shape[-1]))
+fused_attention.register_fake(lambda q, k, v: torch.empty_like(q))
 fused_attention_backward.register_fake(lambda grad, q, k, v, y: tuple(map(torch.empty_like, (q, k, v))))
 fused_attention.register_autograd(
     lambda ctx, grad: fused_attention_backward(grad, *ctx.saved_tensors),
@@ -79,7 +79,7 @@ def _attention_backward_flops(grad_shape, q_shape, k_shape, *args, out_shape=Non
 PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm,
             torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
 IN_FULL = {F.layer_norm, F.group_norm, F.softmax, F.mse_loss, torch.softmax, torch.Tensor.softmax, torch.Tensor.pow,
-           torch.Tensor.square, torch.sum, torch.Tensor.sum}
+           torch.Tensor.square}
 WIDEST = {torch.addcmul}
 
 
@@ -89,14 +89,22 @@ def attend(query, key, value, **options) -> torch.Tensor:
 
 
 class MetaAutocast(TorchFunctionMode):
-    "Autocast to bf16 for tensors on any device, by CUDA's rules; attention becomes one operation."
+    "Autocast to bf16 for tensors on any device, by CUDA's rules, where the CPU's is on; attention becomes one operation."
 
     def __init__(
         self,
         enabled: bool = True,  # False: types stay as they are
     ):
         super().__init__()
-        self.enabled, self.cast = enabled, {}  # Parameter to its copy in bf16
+        self.autocast, self.cast = torch.autocast("cpu", torch.bfloat16, enabled), {}  # Parameter to its copy in bf16
+
+    def __enter__(self):
+        self.autocast.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        return self.autocast.__exit__(*error)
 
     def as_type(self, value, dtype: torch.dtype):
         "A floating-point tensor in another type; a parameter is cast once."
@@ -114,7 +122,7 @@ class MetaAutocast(TorchFunctionMode):
         wanted = torch.bfloat16 if func in PRODUCTS else None
         if func in IN_FULL or func in WIDEST and torch.float32 in found:
             wanted = torch.float32
-        if self.enabled and wanted and found:
+        if wanted and found and torch.is_autocast_enabled("cpu"):   # the norms of the networks switch it off
             change = lambda t: self.as_type(t, wanted)
             args, kwargs = tree_map_only(torch.Tensor, change, (args, kwargs))
         return attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
@@ -151,6 +159,17 @@ def bytes_of(
     return prod(sizes) * tensor.element_size()
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-24
+def like_cudnn(
+    name: str,  # Of an operation
+    inputs: tuple,  # Its arguments
+    result,     # What it gave on the meta device
+):
+    "The result in the memory layout that cuDNN gives it: channels last if the input of a convolution is."
+    if "convolution" not in name or inputs[name == "convolution_backward"].is_contiguous():
+        return result
+    return tree_map_only(torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, result)
+
+
 class OperationCount(TorchDispatchMode):
     "Notes each operation in a `with` block: `rows` of name, kind, floating-point operations and bytes moved."
 
@@ -160,7 +179,7 @@ class OperationCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = like_cudnn(func._schema.name.split("::")[1], args, func(*args, **kwargs))
         tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
         inputs, outputs = tensors((args, kwargs)), tensors(result)
         name, known = func._schema.name.split("::")[1], {t.untyped_storage()._cdata for t in inputs}
@@ -168,7 +187,9 @@ class OperationCount(TorchDispatchMode):
         if not outputs or view or name in FREE:
             return result
         flops = flop_registry.get(func._overloadpacket, lambda *args, **kwargs: 0)
-        read = [] if name.startswith("new_") or name.endswith("_like") else inputs[name == "copy_":]
+        written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
+        read = [t for t in inputs[name == "copy_":] if not any(t is given for given in written)]
+        read = [] if name.startswith("new_") or name.endswith("_like") else read
         self.rows.append(dict(name=name, kind=kind_of(func, inputs, outputs), bytes=sum(map(bytes_of, read + outputs)),
                               flops=flops(*args, **kwargs, out_val=result)))
         return result

@@ -22,7 +22,7 @@ from .saving import change_config
 from ..modules.attention import SpatialTransformer, TemporalTransformer
 from ..modules.mec import MultiExcitationConv
 from ..modules.moe import ExpertLinear, exchange_experts, merge_experts
-from ..modules.norms import GroupNorm
+from ..modules.basic import GroupNorm
 
 # %% ../../nbs/models/layers.ipynb #layers-06
 def per_frame(
@@ -347,7 +347,7 @@ class LayeredModel(ExpertMixin, FusionMixin, ModelMixin, ConfigMixin):
         features=0,            # Added to the output of `conv_in`, same shape
     ) -> tuple:                # Features of the middle; list of skips
         "Run the first half: from `conv_in` through the middle."
-        x = per_frame(self.conv_in, sample) + features
+        x = per_frame(self.conv_in, sample.contiguous(memory_format=torch.channels_last_3d)) + features
         skips = [x]
         for level, layers in enumerate(self.down):
             for layer in layers:

@@ -17,7 +17,7 @@ from torch import nn
 from versvideo.models.layers import (
     LayeredModel, Upsample, channels_in, check_inputs, layer_arguments, layers_of, per_frame, token_bias,
 )
-from ..modules.norms import GroupNorm
+from ..modules.basic import GroupNorm
 
 # diffusers looks for ModelMixin in the module of a model that it loads
 from diffusers import ModelMixin  # noqa: F401

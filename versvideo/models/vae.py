@@ -29,7 +29,7 @@ from .layers import per_frame
 from .saving import plain_config
 from .tiling import decode_in_tiles, decode_in_windows, windows
 from ..modules.mec import MultiExcitationConv
-from ..modules.norms import GroupNorm
+from ..modules.basic import GroupNorm
 
 # diffusers looks for ModelMixin in the module of a model that it loads
 from diffusers import ModelMixin  # noqa: F401

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import nn
 
 from .moe import ExpertFeedForward
-from .norms import GroupNorm, LayerNorm
+from .basic import GroupNorm, LayerNorm
 
 # %% ../../nbs/modules/attention.ipynb #attention-08
 class BackendAttention:
@@ -147,7 +147,7 @@ class TemporalTransformer(nn.Module):
             return x
         n = self.proj_in(rearrange(self.norm(x), "b c t h w -> (b h w) t c"))
         positions = frame_positions(t, c, x.device).to(n.dtype)
-        n = n + self.position_gain * positions
+        n = n + (self.position_gain * positions).to(n.dtype)   # under autocast the gain is in fp32
         for norm, attend in zip(self.norms, self.attentions, strict=True):
             n = n + attend(norm(n) + positions)
         n = n + self.experts(self.norm_experts(n))

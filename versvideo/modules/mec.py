@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import nn
 
 from ..core.checks import pick
+from .basic import FrameConv
 
 # %% ../../nbs/modules/mec.ipynb #mec-09
 def temporal_shift(
@@ -26,8 +27,8 @@ def temporal_shift(
         raise ValueError(f"share={share} of the channels cannot move both ways: choose it in [0, 1/2]")
     n = int(x.shape[1] * share)
     later, earlier, still = x.split([n, n, x.shape[1] - 2*n], dim=1)
-    later = F.pad(later, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    earlier = F.pad(earlier, (0, 0, 0, 0, 0, 1))[:, :, 1:]
+    later = F.pad(later, (0, 0, 0, 0, 1, -1))       # a frame of zeros in front, the last one off
+    earlier = F.pad(earlier, (0, 0, 0, 0, -1, 1))
     return torch.cat([later, earlier, still], dim=1)
 
 # %% ../../nbs/modules/mec.ipynb #mec-19
@@ -42,7 +43,8 @@ class SpatialTemporalExcitation(nn.Module):
         x: torch.Tensor,  # ẑ, `b c t h w`
     ) -> torch.Tensor:    # M_S, `b 1 t h w`
         "The mask of ẑ."
-        return self.conv(x.mean(1, keepdim=True)).sigmoid()
+        # the mean, without the gradient of the whole size that mean() would write
+        return self.conv(x.sum(1, keepdim=True, dtype=x.dtype) / x.shape[1]).sigmoid()
 
 # %% ../../nbs/modules/mec.ipynb #mec-27
 class ChannelExcitation(nn.Module):
@@ -73,10 +75,10 @@ def tap_means(
 ) -> torch.Tensor:    # `b c 3 3 t`; entry (1, 1) is the mean of the frame
     "Mean over h·w of what each tap of a 3×3 convolution with zero padding sees of a frame."
     h, w = x.shape[3:]
-    rows, columns = x.new_ones(3, h), x.new_ones(3, w)
-    for sees in (rows, columns):   # the tap before the centre misses the last, the one after it the first
-        sees[0, -1] = sees[2, 0] = 0
-    return torch.einsum("bcthw,ih,jw->bcijt", x, rows, columns) / (h * w)
+    inside = F.unfold(x.new_ones(1, 1, h, w), 3, padding=1)[0]   # `9 h·w`, what the taps see from each place
+    seen = inside.flip(0)                                        # from where a place is seen: the opposite side
+    taps = seen @ rearrange(x, "b c t h w -> b t (h w) c") / (h * w)
+    return rearrange(taps, "b t (i j) c -> b c i j t", i=3)
 
 # %% ../../nbs/modules/mec.ipynb #mec-42
 class MotionExcitation(nn.Module):
@@ -166,7 +168,7 @@ def gate(
         return total
     return torch.addcmul(total, scale, over_space) if start == "scaled" else total + over_space
 
-# %% ../../nbs/modules/mec.ipynb #mec-54
+# %% ../../nbs/modules/mec.ipynb #mec-57
 class MultiExcitationConv(nn.Module):
     """MEC: factorized 2D+1D convolution plus the three excited branches (paper 2.2, Figure 1).
 
@@ -202,7 +204,7 @@ class MultiExcitationConv(nn.Module):
         self.excitations = tuple(name for name in EXCITATIONS if name in excitations)
         self.share, self.start, self.images = share, start, images
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
-        self.temporal = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+        self.temporal = FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0))
         for name in excitations:
             self.add_module(name, make_excitation(name, channels, reduction, magnitude, start == "centred"))
         if excitations and start != "paper":
@@ -224,8 +226,8 @@ class MultiExcitationConv(nn.Module):
         z: torch.Tensor,  # ẑ, `b c t h w`
     ) -> dict:            # Name of an excitation to its mask
         "The masks of ẑ."
-        taps = tap_means(z)
-        known = dict(channel=(taps[:, :, 1, 1],), motion=(taps,))
+        taps = None if self.excitations == ("spatial_temporal",) else tap_means(z)   # two of the masks are of them
+        known = {} if taps is None else dict(channel=(taps[:, :, 1, 1],), motion=(taps,))
         return {name: getattr(self, name)(z, *known.get(name, ())) for name in self.excitations}
 
     def forward(
@@ -237,4 +239,4 @@ class MultiExcitationConv(nn.Module):
         if not self.excitations or (x.shape[2] == 1 and not self.images):
             return y
         z = temporal_shift(x, self.share)
-        return torch.addcmul(y, z, gate(self.masks(z), self.start, getattr(self, "scale", None)))
+        return y + z * gate(self.masks(z), self.start, getattr(self, "scale", None))
