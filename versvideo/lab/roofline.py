@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHIPS', 'PRODUCTS', 'IN_FULL', 'WIDEST', 'KINDS', 'OF_KIND', 'FREE', 'Chip', 'fused_attention',
-           'fused_attention_backward', 'attention_flops', 'attend', 'MetaAutocast', 'kind_of', 'bytes_of', 'like_cudnn',
-           'OperationCount', 'by_kind', 'count_training', 'count_sampling']
+           'fused_attention_backward', 'attention_flops', 'attend', 'MetaAutocast', 'kind_of', 'bytes_of',
+           'operation_row', 'like_cudnn', 'OperationCount', 'by_kind', 'count_training', 'count_call', 'count_sampling']
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-03
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -78,8 +80,8 @@ def _attention_backward_flops(grad_shape, q_shape, k_shape, *args, out_shape=Non
 # %% ../../nbs/lab/roofline.ipynb #roofline-17
 PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm,
             torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
-IN_FULL = {F.layer_norm, F.group_norm, F.softmax, F.mse_loss, torch.softmax, torch.Tensor.softmax, torch.Tensor.pow,
-           torch.Tensor.square}
+IN_FULL = {F.layer_norm, F.group_norm, F.interpolate, F.softmax, F.mse_loss, torch.softmax, torch.Tensor.softmax,
+           torch.Tensor.pow, torch.Tensor.square}
 WIDEST = {torch.addcmul}
 
 
@@ -89,7 +91,7 @@ def attend(query, key, value, **options) -> torch.Tensor:
 
 
 class MetaAutocast(TorchFunctionMode):
-    "Autocast to bf16 for tensors on any device, by CUDA's rules, where the CPU's is on; attention becomes one operation."
+    "CUDA's autocast to bf16 for tensors on any device, while the CPU's is on; attention becomes one operation."
 
     def __init__(
         self,
@@ -131,7 +133,8 @@ class MetaAutocast(TorchFunctionMode):
 KINDS = {
     "matmul": ("mm", "addmm", "bmm", "baddbmm"),
     "convolution": ("convolution", "convolution_backward"),
-    "attention": ("attention", "attention_backward"),
+    "attention": ("attention", "attention_backward", "_scaled_dot_product_flash_attention_for_cpu",
+                  "_scaled_dot_product_flash_attention_for_cpu_backward"),
     "norm": ("native_group_norm", "native_group_norm_backward", "native_layer_norm", "native_layer_norm_backward"),
     "copy": ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "index", "index_put", "_unsafe_index",
              "stack", "slice_backward", "select_backward", "upsample_nearest2d", "upsample_nearest2d_backward"),
@@ -159,15 +162,37 @@ def bytes_of(
     return prod(sizes) * tensor.element_size()
 
 # %% ../../nbs/lab/roofline.ipynb #roofline-24
+def operation_row(
+    func,          # An operation of aten
+    args: tuple,   # What it was called with
+    kwargs: dict,
+    result,        # What it gave
+) -> dict | None:  # Name, kind, bytes, flops; None for a view, and for memory that is only allocated
+    "What an operation moves and computes."
+    tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    inputs, outputs = tensors((args, kwargs)), tensors(result)
+    name, known = func._schema.name.split("::")[1], {t.untyped_storage()._cdata for t in inputs}
+    view = outputs and not func._schema.is_mutable and all(t.untyped_storage()._cdata in known for t in outputs)
+    if not outputs or view or name in FREE:
+        return None
+    flops = flop_registry.get(func._overloadpacket, lambda *args, **kwargs: 0)
+    written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
+    read = [t for t in inputs[name == "copy_":] if not any(t is given for given in written)]
+    read = [] if name.startswith("new_") or name.endswith("_like") else read
+    return dict(name=name, kind=kind_of(func, inputs, outputs), bytes=sum(map(bytes_of, read + outputs)),
+                flops=flops(*args, **kwargs, out_val=result))
+
+# %% ../../nbs/lab/roofline.ipynb #roofline-25
 def like_cudnn(
-    name: str,  # Of an operation
+    name: str,      # Of an operation
     inputs: tuple,  # Its arguments
-    result,     # What it gave on the meta device
+    result,         # What it gave on the meta device
 ):
-    "The result in the memory layout that cuDNN gives it: channels last if the input of a convolution is."
+    "The result in the layout that cuDNN gives it: channels last where the input of a convolution is."
     if "convolution" not in name or inputs[name == "convolution_backward"].is_contiguous():
         return result
-    return tree_map_only(torch.Tensor, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, result)
+    change = lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+    return tree_map_only(torch.Tensor, change, result)
 
 
 class OperationCount(TorchDispatchMode):
@@ -180,21 +205,11 @@ class OperationCount(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = like_cudnn(func._schema.name.split("::")[1], args, func(*args, **kwargs))
-        tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        inputs, outputs = tensors((args, kwargs)), tensors(result)
-        name, known = func._schema.name.split("::")[1], {t.untyped_storage()._cdata for t in inputs}
-        view = outputs and not func._schema.is_mutable and all(t.untyped_storage()._cdata in known for t in outputs)
-        if not outputs or view or name in FREE:
-            return result
-        flops = flop_registry.get(func._overloadpacket, lambda *args, **kwargs: 0)
-        written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
-        read = [t for t in inputs[name == "copy_":] if not any(t is given for given in written)]
-        read = [] if name.startswith("new_") or name.endswith("_like") else read
-        self.rows.append(dict(name=name, kind=kind_of(func, inputs, outputs), bytes=sum(map(bytes_of, read + outputs)),
-                              flops=flops(*args, **kwargs, out_val=result)))
+        row = operation_row(func, args, kwargs, result)
+        self.rows += [] if row is None else [row]
         return result
 
-# %% ../../nbs/lab/roofline.ipynb #roofline-25
+# %% ../../nbs/lab/roofline.ipynb #roofline-26
 def by_kind(
     rows: list,  # Of `OperationCount`
     chip: Chip,
@@ -206,7 +221,7 @@ def by_kind(
                  TFLOP=sum(row["flops"] for row in some) / 1e12,
                  seconds=sum(chip.seconds(row["flops"], row["bytes"]) for row in some)) for kind, some in parts]
 
-# %% ../../nbs/lab/roofline.ipynb #roofline-30
+# %% ../../nbs/lab/roofline.ipynb #roofline-31
 def count_training(
     net: Denoiser,  # On the meta device
     latent: tuple,  # `(t, h, w)`
@@ -222,7 +237,16 @@ def count_training(
         loss.backward()
     return count.rows
 
-# %% ../../nbs/lab/roofline.ipynb #roofline-31
+# %% ../../nbs/lab/roofline.ipynb #roofline-32
+def count_call(
+    call: Callable,  # Without arguments, on tensors of the meta device
+) -> list:           # Rows of `OperationCount`
+    "The operations of a call without gradients, types as they are."
+    with torch.no_grad(), OperationCount() as count, MetaAutocast(enabled=False):
+        call()
+    return count.rows
+
+
 def count_sampling(
     net: Denoiser,  # On the meta device; cast to bf16
     latent: tuple,  # `(t, h, w)`
@@ -230,7 +254,4 @@ def count_sampling(
 ) -> list:          # Rows of `OperationCount`
     "The operations of one pass without gradients, all in bf16."
     net = net.bfloat16().eval()
-    inputs = random_inputs(net, latent, batch)
-    with torch.no_grad(), OperationCount() as count, MetaAutocast(enabled=False):
-        net(*inputs)
-    return count.rows
+    return count_call(partial(net, *random_inputs(net, latent, batch)))

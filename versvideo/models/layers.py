@@ -22,7 +22,7 @@ from .saving import change_config
 from ..modules.attention import SpatialTransformer, TemporalTransformer
 from ..modules.mec import MultiExcitationConv
 from ..modules.moe import ExpertLinear, exchange_experts, merge_experts
-from ..modules.basic import GroupNorm
+from ..modules.basic import GroupNorm, without_autocast
 
 # %% ../../nbs/models/layers.ipynb #layers-06
 def per_frame(
@@ -136,7 +136,9 @@ class Upsample(nn.Module):
         size: tuple,      # Height and width wanted
     ) -> torch.Tensor:    # `b c t *size`
         "Resize and convolve every frame."
-        return per_frame(lambda f: self.conv(F.interpolate(f, size=size, mode="nearest")), x)
+        with without_autocast(x):   # which would resize in fp32
+            x = per_frame(lambda f: F.interpolate(f, size=size, mode="nearest"), x)
+        return per_frame(self.conv, x)
 
 # %% ../../nbs/models/layers.ipynb #layers-22
 def skip_channels(
