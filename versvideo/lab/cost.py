@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VAE_WIDTHS', 'synchronize', 'take_turns', 'median_and_quartiles', 'compare_times', 'keep_freed_memory', 'variants',
-           'peer_unets', 'image_autoencoder', 'random_inputs', 'inference_call', 'training_step', 'randomize_zeros',
-           'LiveBytes', 'peak_bytes']
+           'peer_unets', 'image_autoencoder', 'random_inputs', 'inference_call', 'training_step', 'kernel_times',
+           'train_for_a_while', 'steps_side_by_side', 'randomize_zeros', 'LiveBytes', 'peak_bytes']
 
 # %% ../../nbs/lab/cost.ipynb #cost-03
 import ctypes
@@ -16,6 +16,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from threading import Barrier
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel, UNetMotionModel
@@ -26,6 +29,7 @@ from ..core.checks import pick
 from .plan import example_inputs
 from ..models.contracts import Denoiser
 from ..models.image_vae import VAES
+from ..models.sizes import SIZES
 from ..models.unet import VersVideoUNet
 
 # %% ../../nbs/lab/cost.ipynb #cost-06
@@ -183,7 +187,61 @@ def training_step(
 
     return step
 
-# %% ../../nbs/lab/cost.ipynb #cost-35
+# %% ../../nbs/lab/cost.ipynb #cost-36
+def kernel_times(
+    call: Callable,  # Without arguments
+    device: torch.device,
+) -> list:           # Rows, the longest first
+    "Milliseconds and number of each kernel of a call, on a CPU of each operation."
+    gpu = torch.device(device).type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        synchronize(device)
+    spent = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
+    rows = [dict(kernel=e.key[:80], calls=e.count, milliseconds=spent(e) / 1000) for e in profile.key_averages()]
+    return sorted((r for r in rows if r["milliseconds"]), key=lambda r: -r["milliseconds"])
+
+
+def train_for_a_while(
+    size: str,     # Key of SIZES
+    batch: int,    # Clips
+    device: str,
+    steps: int,
+    start: Barrier | None = None,  # Waited for after the first step
+) -> tuple:        # When the other steps began and ended, in seconds
+    "Training steps of a new UNet on random latents."
+    torch.set_num_threads(1)
+    with torch.device(device):
+        net = randomize_zeros(VersVideoUNet(**SIZES[size].unet))
+    step = training_step(net, random_inputs(net, SIZES[size].latent(), batch), torch.bfloat16)
+    step()
+    synchronize(device)
+    if start is not None:
+        start.wait()
+    began = time.monotonic()
+    for _ in range(steps):
+        step()
+    synchronize(device)
+    return began, time.monotonic()
+
+
+def steps_side_by_side(
+    size: str,       # Key of SIZES
+    processes: int,  # Trainings at once
+    device: torch.device,
+    batch: int = 8,  # Clips of each
+    steps: int = 8,  # Of each
+) -> float:
+    "Training steps a second of several processes together."
+    context = get_context("spawn")
+    with context.Manager() as shared, ProcessPoolExecutor(processes, context) as pool:
+        start = shared.Barrier(processes)
+        jobs = [pool.submit(train_for_a_while, size, batch, str(device), steps, start) for _ in range(processes)]
+        spans = [job.result() for job in jobs]
+    return processes * steps / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+
+# %% ../../nbs/lab/cost.ipynb #cost-37
 def randomize_zeros(
     module: torch.nn.Module,  # Changed in place
 ) -> torch.nn.Module:
@@ -194,7 +252,7 @@ def randomize_zeros(
                 p.normal_(std=0.02)
     return module
 
-# %% ../../nbs/lab/cost.ipynb #cost-39
+# %% ../../nbs/lab/cost.ipynb #cost-41
 class LiveBytes(TorchDispatchMode):
     "Counts the bytes of tensors that operations create, while they are alive; `peak` is the largest sum."
 
@@ -224,7 +282,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key, n)
         return result
 
-# %% ../../nbs/lab/cost.ipynb #cost-40
+# %% ../../nbs/lab/cost.ipynb #cost-42
 def peak_bytes(
     call: Callable,  # Without arguments
 ) -> int:

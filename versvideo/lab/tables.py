@@ -207,8 +207,10 @@ def gpu_rows(folder: Path, run: str) -> list:
     found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
     rows = []
     for r in found["training"]:
-        checkpointing = ", gradient checkpointing" if r["checkpointing"] else ""
-        rows.append((f"training step, UNet {r['size']}, {r['batch']} clips{checkpointing}", r))
+        form = "" if r.get("form", "eager") == "eager" else f", compiled: {r['form']}"
+        kinds = {False: "", "": "", "selective": ", selective checkpointing"}
+        kind = kinds.get(r["checkpointing"], ", gradient checkpointing")
+        rows.append((f"training step, UNet {r['size']}, {r['batch']} clips{form}{kind}", r))
     for r in found["stage 2"]:
         learning = (f", {r['conditions']} conditions + style, {r['learn_M']:.0f} M trainable parameters"
                     if "conditions" in r else "")
