@@ -239,5 +239,5 @@ class MultiExcitationConv(nn.Module):
         if not self.excitations or (x.shape[2] == 1 and not self.images):
             return y
         z = temporal_shift(x, self.share)
-        g = gate(self.masks(z), self.start, getattr(self, "scale", None))
-        return y + z * g if torch.is_grad_enabled() else torch.addcmul(y, z, g)   # the gradient of addcmul moves more
+        # not addcmul, whose gradient moves more
+        return y + z * gate(self.masks(z), self.start, getattr(self, "scale", None))
