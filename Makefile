@@ -142,7 +142,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/64_broken.ipynb --out results/64_broken.ipynb n=10000 out=results/64_broken
 	$(RUN) nbs/65_startup.ipynb --out results/65_startup.ipynb rounds=3 steps=25 out=results/65_startup
 	$(RUN) nbs/66_roofline.ipynb --out results/66_roofline-H.ipynb \
-	    sizes="L H" batches="16 4" measured=results/h200/61_gpu-H out=results/66_roofline-H
+	    sizes="L H" batches="16 4" compiled=L measured=results/h200/61_gpu-H out=results/66_roofline-H
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/*-XS-s?/checkpoints results/*/cache results/*/trainings
 	$(BIN)/versvideo results drift
@@ -165,7 +165,8 @@ results-gpu: $(INSTALLED)
 	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights
 	$(RUN) nbs/43_follow.ipynb --out results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
 	$(RUN) nbs/44_style.ipynb --out results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
-	$(RUN) nbs/61_gpu.ipynb --out results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" steps=25 rounds=3 out=results/h200/61_gpu-H
+	$(RUN) nbs/61_gpu.ipynb --out results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" forms="eager layers whole" \
+	    steps=50 rounds=3 processes="1 2 4 8" out=results/h200/61_gpu-H
 	$(BIN)/nbdev_clean --fname results
 	rm -rf results/h200/*-XS-s?/checkpoints results/h200/*/cache
 	$(BIN)/versvideo results drift

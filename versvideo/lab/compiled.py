@@ -111,14 +111,14 @@ class SkippedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, channels):
-        "A result that nothing has computed."
+        "An uninitialised result of the right shape."
         ctx.save_for_backward(x)
         shape = len(x), channels, *x.shape[2:]
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
 
     @staticmethod
     def backward(ctx, grad):
-        "A gradient that nothing has computed."
+        "An uninitialised gradient."
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 # %% ../../nbs/lab/compiled.ipynb #compiled-15
@@ -145,7 +145,8 @@ def count_by_layer(
             del layer.forward
     planned = {}
     for layer, inputs in progress(called, "plan layers"):
-        key = tuple(tuple(p.shape) for p in layer.parameters()), tuple(x.shape for x in inputs if x is not None)
+        given = tuple((x.shape, x.stride()) for x in inputs if x is not None)
+        key = tuple(tuple(p.shape) for p in layer.parameters()), given
         if key not in planned:
             planned[key] = count_kernels(layer, inputs, training)
         rows = rows + planned[key]

@@ -199,7 +199,7 @@ def kernel_times(
         call()
         synchronize(device)
     spent = lambda event: event.self_device_time_total if gpu else event.self_cpu_time_total
-    rows = [dict(kernel=e.key[:80], calls=e.count, milliseconds=spent(e) / 1000) for e in profile.key_averages()]
+    rows = [dict(kernel=e.key[:200], calls=e.count, milliseconds=spent(e) / 1000) for e in profile.key_averages()]
     return sorted((r for r in rows if r["milliseconds"]), key=lambda r: -r["milliseconds"])
 
 
@@ -218,7 +218,7 @@ def train_for_a_while(
     step()
     synchronize(device)
     if start is not None:
-        start.wait()
+        start.wait(timeout=600)
     began = time.monotonic()
     for _ in range(steps):
         step()

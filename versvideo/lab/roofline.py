@@ -91,7 +91,7 @@ def attend(query, key, value, **options) -> torch.Tensor:
 
 
 class MetaAutocast(TorchFunctionMode):
-    "CUDA's autocast to bf16 for tensors on any device, while the CPU's is on; attention becomes one operation."
+    "CUDA's autocast to bf16 on any device, on and off with the CPU's; attention becomes one operation."
 
     def __init__(
         self,

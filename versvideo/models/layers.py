@@ -315,12 +315,13 @@ KEPT = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name 
 
 
 def keep_attention(
-    part,   # A layer
+    part,   # A `Layer` or `ResBlock`
     *args,  # What it is called with
 ):
     """Gradient checkpointing that keeps attention and norms: `unet.enable_gradient_checkpointing(keep_attention)`.
 
-    All else is computed again in the backward pass.
+    All else is computed again in the backward pass. For networks that are not compiled; a compiler joins norms with
+    what is around them.
     """
     kept = partial(create_selective_checkpoint_contexts, KEPT)
     return checkpoint(part, *args, use_reentrant=False, context_fn=kept)

@@ -22,7 +22,7 @@ def join_places(
 def without_autocast(
     x: torch.Tensor,  # For its device
 ) -> torch.autocast:
-    "Operations in the type of their inputs; for tensors on the meta device, the CPU's autocast is switched off."
+    "Context in which operations keep the type of their inputs; for the meta device, one without the CPU's autocast."
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 # %% ../../nbs/modules/basic.ipynb #basic-10
@@ -34,9 +34,7 @@ class GroupNorm(nn.GroupNorm):
         x: torch.Tensor,  # `b c t h w`, or frames `n c h w`
     ) -> torch.Tensor:    # Same shape, type and memory layout
         "Normalise the channels of each group."
-        places = join_places(x) if x.ndim == 5 else x
-        with without_autocast(x):
-            y = F.group_norm(places, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        y = super().forward(join_places(x) if x.ndim == 5 else x).to(x.dtype)
         return y.unflatten(3, x.shape[3:]) if x.ndim == 5 else y
 
 # %% ../../nbs/modules/basic.ipynb #basic-11
@@ -48,12 +46,13 @@ class LayerNorm(nn.LayerNorm):
         x: torch.Tensor,  # `… d`
     ) -> torch.Tensor:    # Same shape and type
         "Normalise the last axis."
+        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         with without_autocast(x):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 # %% ../../nbs/modules/basic.ipynb #basic-15
 class FrameConv(nn.Conv3d):
-    "Convolution over frames alone, kernel (k, 1, 1), computed in two dimensions; features `b c t h w`."
+    "Convolution over frames alone, kernel (k, 1, 1), stride 1, zeros at the ends; features `b c t h w`."
 
     def forward(
         self,

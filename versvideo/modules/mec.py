@@ -7,6 +7,7 @@ __all__ = ['EXCITATIONS', 'STARTS', 'temporal_shift', 'SpatialTemporalExcitation
            'MotionExcitation', 'make_excitation', 'gate', 'MultiExcitationConv']
 
 # %% ../../nbs/modules/mec.ipynb #mec-03
+import math
 from functools import partial
 
 import torch
@@ -43,8 +44,7 @@ class SpatialTemporalExcitation(nn.Module):
         x: torch.Tensor,  # ẑ, `b c t h w`
     ) -> torch.Tensor:    # M_S, `b 1 t h w`
         "The mask of ẑ."
-        # the mean, without the gradient of the whole size that mean() would write
-        return self.conv(x.sum(1, keepdim=True, dtype=x.dtype) / x.shape[1]).sigmoid()
+        return self.conv(x.mean(1, keepdim=True)).sigmoid()
 
 # %% ../../nbs/modules/mec.ipynb #mec-27
 class ChannelExcitation(nn.Module):
@@ -75,9 +75,10 @@ def tap_means(
 ) -> torch.Tensor:    # `b c 3 3 t`; entry (1, 1) is the mean of the frame
     "Mean over h·w of what each tap of a 3×3 convolution with zero padding sees of a frame."
     h, w = x.shape[3:]
-    inside = F.unfold(x.new_ones(1, 1, h, w), 3, padding=1)[0]   # `9 h·w`, what the taps see from each place
-    seen = inside.flip(0)                                        # from where a place is seen: the opposite side
-    taps = seen @ rearrange(x, "b c t h w -> b t (h w) c") / (h * w)
+    part = 2 ** round(math.log2(h * w) / 2)   # divided out first, as a sum over a large frame overflows in fp16
+    inside = F.unfold(x.new_full((1, 1, h, w), 1 / part), 3, padding=1)[0]   # `9 h·w`, what the taps see from a place
+    seen = inside.flip(0)                     # a place is seen by the taps on its other side
+    taps = seen @ rearrange(x, "b c t h w -> b t (h w) c") * (part / (h * w))
     return rearrange(taps, "b t (i j) c -> b c i j t", i=3)
 
 # %% ../../nbs/modules/mec.ipynb #mec-42
@@ -226,7 +227,7 @@ class MultiExcitationConv(nn.Module):
         z: torch.Tensor,  # ẑ, `b c t h w`
     ) -> dict:            # Name of an excitation to its mask
         "The masks of ẑ."
-        taps = None if self.excitations == ("spatial_temporal",) else tap_means(z)   # two of the masks are of them
+        taps = None if self.excitations == ("spatial_temporal",) else tap_means(z)   # of the channel and motion masks
         known = {} if taps is None else dict(channel=(taps[:, :, 1, 1],), motion=(taps,))
         return {name: getattr(self, name)(z, *known.get(name, ())) for name in self.excitations}
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/modules/moe.ipynb #moe-09
 class ExpertLinear(nn.Linear):
@@ -65,6 +66,7 @@ class Permuted(torch.autograd.Function):
         return x[order]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         "Bring the gradients back."
         return grad[ctx.saved_tensors[0]], None, None
@@ -82,6 +84,7 @@ class GEGLU(torch.autograd.Function):
         return value * opened
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         "Gradients of values and gates, each written into its half."
         hidden, opened = ctx.saved_tensors
@@ -93,12 +96,13 @@ class GEGLU(torch.autograd.Function):
 
 
 def geglu(
-    hidden: torch.Tensor,  # `… 2k`: values, then gates
-) -> torch.Tensor:         # `… k`
+    hidden: torch.Tensor,   # `… 2k`: values, then gates
+    training: bool = True,  # False: with torch's own gradient, which can be differentiated again
+) -> torch.Tensor:          # `… k`
     "Values times the GELU of their gates."
-    if not torch.compiler.is_compiling():
+    if training and not torch.compiler.is_compiling():   # a compiler joins the gradients without a copy by itself
         return GEGLU.apply(hidden)
-    value, gate = hidden.chunk(2, dim=-1)   # a compiler joins the gradients without a copy by itself
+    value, gate = hidden.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 # %% ../../nbs/modules/moe.ipynb #moe-19
@@ -133,7 +137,7 @@ class ExpertFeedForward(nn.Module):
     ) -> torch.Tensor:    # Same shape
         "Shuffle, split, feed forward, unshuffle."
         if self.experts == 1 or not self.training:
-            return self.contract(geglu(self.expand(x)))
+            return self.contract(geglu(self.expand(x), self.training))
         order = torch.randperm(x.shape[1], device=x.device)
         back = order.argsort()
         rows = Permuted.apply(x.transpose(0, 1), order, back)  # the tokens of one expert are contiguous in memory
