@@ -24,7 +24,7 @@ from .saving import change_config
 from ..modules.attention import SpatialTransformer, TemporalTransformer
 from ..modules.mec import MultiExcitationConv
 from ..modules.moe import ExpertLinear, exchange_experts, merge_experts
-from ..modules.basic import GroupNorm, without_autocast
+from ..modules.basic import GroupNorm, WeightLayout, without_autocast
 
 # %% ../../nbs/models/layers.ipynb #layers-06
 def per_frame(
@@ -327,7 +327,7 @@ def keep_attention(
     return checkpoint(part, *args, use_reentrant=False, context_fn=kept)
 
 # %% ../../nbs/models/layers.ipynb #layers-44
-class LayeredModel(ExpertMixin, FusionMixin, ModelMixin, ConfigMixin):
+class LayeredModel(WeightLayout, ExpertMixin, FusionMixin, ModelMixin, ConfigMixin):
     """A network whose first half is that of the UNet; base class of `VersVideoUNet` and `VersVideoControlNet`.
 
     Its parts are `time_proj`, `time_embedding`, `conv_in`, `down`, `downsample`, `middle` and `middle_out`.

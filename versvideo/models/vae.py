@@ -29,7 +29,7 @@ from .layers import per_frame
 from .saving import plain_config
 from .tiling import decode_in_tiles, decode_in_windows, windows
 from ..modules.mec import MultiExcitationConv
-from ..modules.basic import GroupNorm
+from ..modules.basic import GroupNorm, WeightLayout
 
 # diffusers looks for ModelMixin in the module of a model that it loads
 from diffusers import ModelMixin  # noqa: F401
@@ -305,7 +305,7 @@ class BuiltFromImageVAE:
         return super().from_pretrained(folder, **options)
 
 # %% ../../nbs/models/vae.ipynb #vae-60
-class TCMVAE(BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
+class TCMVAE(WeightLayout, BuiltFromImageVAE, DecodesInWindows, AutoencoderKL):
     """TCM-VAE (paper 2.3, Figure 3): an image autoencoder with a decoder that sees the frames of a clip together.
 
     Encoder and latents, `4 h w` for a frame `3 8h 8w`, are those of the image autoencoder. `decode` takes clips
