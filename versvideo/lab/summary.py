@@ -60,10 +60,10 @@ def part_rows(variants: dict, inside: dict, cost: dict) -> list[tuple]:  # Of 50
     gone, constant = (inside["verdict"][change] for change in ("no excited branches", "masks frozen"))
     dead = [name for name, change in (("branches", gone), ("masks", constant)) if change < DEAD]
     state = f"{' and '.join(dead)} are dead" if dead else "in use"
-    both = variants["both"]["FVD"]["value"] - variants["2D+1D, one FFN"]["FVD"]["value"]
-    moves = percent(variants["both"]["read_motion"]["value"])
-    return [("FVD change by excitations and experts, 400 steps",
-             f"{both:+.1f}, inconclusive ({moves} of motions correct)", "variants"),
+    changes = [(variants[name]["loss"]["difference"]["value"], variants[name]["loss"]["verdict"])
+               for name in ("MEC", "experts", "both")]
+    return [("change of the held-out error of ε by MEC; by experts; by both, at equal steps",
+             "; ".join(f"{change:+.4f} ({verdict})" for change, verdict in changes), "variants"),
             ("largest change of the error of ε without the excited branches; with constant masks",
              f"{100 * gone:.1f} %; {100 * constant:.2f} %: {state}", "inside"),
             ("time of a sampling step of L with both, relative to without",

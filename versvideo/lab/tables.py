@@ -164,11 +164,12 @@ def ablation_rows(folder: Path, run: str) -> list:
         interval = f"{change['value']:+{form}} [{change['low']:+{form}}, {change['high']:+{form}}]"
         return f"{value} ({interval}{'' if verdict == 'inconclusive' else ', ' + verdict})"
 
-    forms = {"loss": ("held-out loss", ".4f"), "FVD": ("FVD", ".1f"), "IS": ("IS", ".2f"), "FC": ("FC", ".4f")}
+    forms = {"loss": ("held-out error", ".4f"), "FVD": ("FVD", ".1f"), "IS": ("IS", ".2f"), "FC": ("FC", ".4f"),
+             "read_motion": ("motion right", ".2f"), "read_shape": ("shape right", ".2f")}
     rows = []
     for name, row in found.items():
         parameters = f"{row['cost']['parameters_merged'] / 1e6:.3f} M"
-        measures = {label: cell(row[key], form) for key, (label, form) in forms.items()}
+        measures = {label: cell(row[key], form) for key, (label, form) in forms.items() if key in row}
         rows.append({"variant": VARIANTS.get(name, name), "parameters, merged": parameters, **measures})
     return rows
 
