@@ -124,9 +124,14 @@ results: $(INSTALLED)
 	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
-	for i in "55_ablation_start seeds=3" "50_ablation_unet seeds=4" "51_ablation_moe seeds=2" "52_ablation_mec seeds=2"; do \
-	    set -- $$i; OMP_NUM_THREADS=1 $(RUN) nbs/$$1.ipynb --out results/$$1-XS.ipynb size=XS $$2 at_once=2 \
-	    runs=results/50_ablation_unet-XS/trainings out=results/$$1-XS || exit 1; done
+	OMP_NUM_THREADS=1 $(RUN) nbs/55_ablation_start.ipynb --out results/55_ablation_start-XS.ipynb size=XS seeds=3 at_once=2 \
+	    runs=results/50_ablation_unet-XS/trainings out=results/55_ablation_start-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/50_ablation_unet.ipynb --out results/50_ablation_unet-XS.ipynb size=XS seeds=4 at_once=2 \
+	    runs=results/50_ablation_unet-XS/trainings out=results/50_ablation_unet-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/51_ablation_moe.ipynb --out results/51_ablation_moe-XS.ipynb size=XS seeds=2 at_once=2 \
+	    runs=results/50_ablation_unet-XS/trainings out=results/51_ablation_moe-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/52_ablation_mec.ipynb --out results/52_ablation_mec-XS.ipynb size=XS seeds=2 at_once=2 \
+	    runs=results/50_ablation_unet-XS/trainings out=results/52_ablation_mec-XS
 	$(RUN) nbs/54_excitations.ipynb --out results/54_excitations-XS.ipynb \
 	    n=24 clips=24 steps=10 start_seed=0 out=results/54_excitations-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb --out results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \

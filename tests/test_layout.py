@@ -270,6 +270,14 @@ def test_file_sizes():
         assert not [p.name for p in notebooks if p.stat().st_size > limit]
 
 
+def test_parameters_are_understood_by_papermill():
+    "A parameter whose line has a second equals sign, also in its comment, is unknown to papermill, which warns of it."
+    for path in (REPO / "nbs").glob("*.ipynb"):
+        cells = [c for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        lines = [line for c in cells for line in "".join(c["source"]).splitlines() if line.strip()]
+        assert not [line for line in lines if line.count("=") > 1], path.name
+
+
 # A folder of the machine something was made on: /tmp/…, C:\Users\…; not /tests/… nor a link.
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home|root|work|tmp|Users|opt|mnt)/[\w.-]+|\b[A-Z]:\\+Users")
 
