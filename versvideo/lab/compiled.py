@@ -88,7 +88,7 @@ class KernelCount:
 # %% ../../nbs/lab/compiled.ipynb #compiled-09
 def count_kernels(
     module: nn.Module,  # On the meta device
-    inputs: list,       # Its arguments: tensors of which only the shape is used, or None
+    inputs: list,       # Its arguments: tensors, of which shapes and strides are used, or None
     training: bool = True,  # With the backward pass
 ) -> list:              # Rows of `kernel_row`
     "The kernels of a compiled module."

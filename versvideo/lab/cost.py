@@ -208,17 +208,20 @@ def train_for_a_while(
     batch: int,    # Clips
     device: str,
     steps: int,
-    start: Barrier | None = None,  # Waited for after the first step
+    start: Barrier,  # Waited for after the first step
 ) -> tuple:        # When the other steps began and ended, in seconds
     "Training steps of a new UNet on random latents."
     torch.set_num_threads(1)
-    with torch.device(device):
-        net = randomize_zeros(VersVideoUNet(**SIZES[size].unet))
-    step = training_step(net, random_inputs(net, SIZES[size].latent(), batch), torch.bfloat16)
-    step()
-    synchronize(device)
-    if start is not None:
-        start.wait(timeout=600)
+    try:
+        with torch.device(device):
+            net = randomize_zeros(VersVideoUNet(**SIZES[size].unet))
+        step = training_step(net, random_inputs(net, SIZES[size].latent(), batch), torch.bfloat16)
+        step()
+        synchronize(device)
+    except BaseException:
+        start.abort()   # the others would wait
+        raise
+    start.wait()
     began = time.monotonic()
     for _ in range(steps):
         step()
@@ -241,7 +244,7 @@ def steps_side_by_side(
         spans = [job.result() for job in jobs]
     return processes * steps / (max(end for _, end in spans) - min(begin for begin, _ in spans))
 
-# %% ../../nbs/lab/cost.ipynb #cost-37
+# %% ../../nbs/lab/cost.ipynb #cost-39
 def randomize_zeros(
     module: torch.nn.Module,  # Changed in place
 ) -> torch.nn.Module:
@@ -252,7 +255,7 @@ def randomize_zeros(
                 p.normal_(std=0.02)
     return module
 
-# %% ../../nbs/lab/cost.ipynb #cost-41
+# %% ../../nbs/lab/cost.ipynb #cost-43
 class LiveBytes(TorchDispatchMode):
     "Counts the bytes of tensors that operations create, while they are alive; `peak` is the largest sum."
 
@@ -282,7 +285,7 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key, n)
         return result
 
-# %% ../../nbs/lab/cost.ipynb #cost-42
+# %% ../../nbs/lab/cost.ipynb #cost-44
 def peak_bytes(
     call: Callable,  # Without arguments
 ) -> int:
