@@ -62,7 +62,7 @@ class ResBlock(nn.Module):
     ) -> torch.Tensor:       # `b c' t h w`
         "The input plus what the two convolutions make of it."
         y = per_frame(lambda f: self.conv1(F.silu(self.norm1(f))), x)
-        y = y + self.step(F.silu(step))[:, :, None, None, None]
+        y = y + self.step(step)[:, :, None, None, None]
         return per_frame(self.shortcut, x) + self.conv2(F.silu(per_frame(self.norm2, y)))
 
 # %% ../../nbs/models/layers.ipynb #layers-13
@@ -344,7 +344,7 @@ class LayeredModel(WeightLayout, ExpertMixin, FusionMixin, ModelMixin, ConfigMix
         config = self.config
         widths, levels = config.block_out_channels, layer_arguments(config)
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], post_act_fn="silu")
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down = layers_of(levels, channels_in(widths, config.layers_per_block)[0])
         self.downsample = nn.ModuleList(Downsample(c) for c in widths[:-1])
@@ -356,7 +356,7 @@ class LayeredModel(WeightLayout, ExpertMixin, FusionMixin, ModelMixin, ConfigMix
         sample: torch.Tensor,  # `b c t h w`, for its length, type and device
         timestep,              # Diffusion step, one or one a clip
     ) -> torch.Tensor:         # `b d`
-        "The diffusion step of each clip as a vector."
+        "The diffusion step of each clip as a vector, after the SiLU that residual blocks of diffusers begin with."
         step = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         return self.time_embedding(self.time_proj(step).to(sample.dtype))
 

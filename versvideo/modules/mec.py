@@ -72,14 +72,14 @@ class ChannelExcitation(nn.Module):
 # %% ../../nbs/modules/mec.ipynb #mec-38
 def tap_means(
     x: torch.Tensor,  # `b c t h w`
-) -> torch.Tensor:    # `b c 3 3 t`; entry (1, 1) is the mean of the frame
+) -> torch.Tensor:    # `b c 9 t`; entry 4 is the mean of the frame
     "Mean over h·w of what each tap of a 3×3 convolution with zero padding sees of a frame."
     h, w = x.shape[3:]
     part = 2 ** round(math.log2(h * w) / 2)   # divided out first, as a sum over a large frame overflows in fp16
     inside = F.unfold(x.new_full((1, 1, h, w), 1 / part), 3, padding=1)[0]   # `9 h·w`, what the taps see from a place
     seen = inside.flip(0)                     # a place is seen by the taps on its other side
     taps = seen @ rearrange(x, "b c t h w -> b t (h w) c") * (part / (h * w))
-    return rearrange(taps, "b t (i j) c -> b c i j t", i=3)
+    return rearrange(taps, "b t k c -> b c k t")
 
 # %% ../../nbs/modules/mec.ipynb #mec-42
 class MotionExcitation(nn.Module):
@@ -100,13 +100,13 @@ class MotionExcitation(nn.Module):
 
     def differences(
         self,
-        taps: torch.Tensor,  # `tap_means` of ẑ, `b c 3 3 t`
+        taps: torch.Tensor,  # `tap_means` of ẑ, `b c 9 t`
     ) -> torch.Tensor:       # `b c/reduction t`
         "Mean over space of m: entry t compares frame t+1 with frame t, the last entry is zero."
-        q = self.squeeze(taps.flatten(2)).unflatten(2, (3, 3, -1))
-        filtered = self.filter(rearrange(q, "b s i j t -> (b t) s i j"))
+        q = self.squeeze(taps.flatten(2)).unflatten(2, (9, -1))
+        filtered = self.filter(rearrange(q, "b s (i j) t -> (b t) s i j", i=3))
         filtered = rearrange(filtered, "(b t) s 1 1 -> b s t", b=len(taps))
-        return F.pad(filtered[:, :, 1:] - q[:, :, 1, 1, :-1], (0, 1))
+        return F.pad(filtered[:, :, 1:] - q[:, :, 4, :-1], (0, 1))
 
     def magnitudes(
         self,
@@ -159,12 +159,11 @@ def gate(
 ) -> torch.Tensor:  # Broadcasts with ẑ
     "What the excited branches together multiply ẑ by."
     n, over_space = len(masks), masks.get("spatial_temporal")   # the others are constant over a frame, and small
-    total = sum(mask for mask in masks.values() if mask is not over_space)
-    if start == "paper":
-        total = n + total
-    else:
+    if start != "paper":
         scale = scale.to(next(iter(masks.values())).dtype)   # layerwise casting does not cast plain parameters
-        total = scale - n / 2 + total if start == "centred" else scale * (n + total)
+    rest = (mask for mask in masks.values() if mask is not over_space)
+    total = sum(rest, scale - n / 2 if start == "centred" else n)
+    total = scale * total if start == "scaled" else total
     if over_space is None:
         return total
     return torch.addcmul(total, scale, over_space) if start == "scaled" else total + over_space
@@ -228,7 +227,7 @@ class MultiExcitationConv(nn.Module):
     ) -> dict:            # Name of an excitation to its mask
         "The masks of ẑ."
         taps = None if self.excitations == ("spatial_temporal",) else tap_means(z)   # of the channel and motion masks
-        known = {} if taps is None else dict(channel=(taps[:, :, 1, 1],), motion=(taps,))
+        known = {} if taps is None else dict(channel=(taps[:, :, 4],), motion=(taps,))
         return {name: getattr(self, name)(z, *known.get(name, ())) for name in self.excitations}
 
     def forward(
