@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'GRID', 'AXIS', 'SPEEDS', 'in_parts', 'read_background', 'read_silhouettes', 'read_colour', 'read_track',
-           'cut_out', 'rotated_grid', 'templates', 'fit_shapes', 'read_motion', 'recognise', 'score']
+           'cut_out', 'rotated_grid', 'unit_rows', 'templates', 'fit_shapes', 'read_motion', 'recognise', 'score']
 
 # %% ../../nbs/world/recogniser.ipynb #recogniser-03
 import functools
@@ -131,14 +131,14 @@ def rotated_grid(
     return rows, columns, 2 * side / GRID * 2 * REACH / (n - 1)
 
 # %% ../../nbs/world/recogniser.ipynb #recogniser-26
-def _unit(
+def unit_rows(
     pictures: np.ndarray,  # Any shape
 ) -> np.ndarray:           # Same shape; rows have mean 0 and length 1
     "Normalise rows, so that products of them are correlations."
     pictures = pictures - pictures.mean(-1, keepdims=True)
     return pictures / np.maximum(np.linalg.norm(pictures, axis=-1, keepdims=True), 1e-6)
 
-
+# %% ../../nbs/world/recogniser.ipynb #recogniser-28
 @functools.cache
 def templates() -> np.ndarray:  # `2·shapes TURNS GRID²`
     "Silhouettes of the shapes in every orientation, centred, of area 1, as unit vectors."
@@ -146,9 +146,9 @@ def templates() -> np.ndarray:  # `2·shapes TURNS GRID²`
     for table in tables(513)[0]:
         rows, columns, pixel = rotated_grid(table < 0)
         found.append(np.clip(0.5 - table[rows, columns] / pixel, 0, 1).reshape(TURNS, -1))
-    return _unit(np.stack(found)).astype(np.float32)
+    return unit_rows(np.stack(found)).astype(np.float32)
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-28
+# %% ../../nbs/world/recogniser.ipynb #recogniser-30
 def fit_shapes(
     mask: np.ndarray,  # `b t h w`, bool
 ) -> np.ndarray:       # Mean correlation of each shape turning at each of SPEEDS, `b shapes speeds`
@@ -157,7 +157,7 @@ def fit_shapes(
     x, y, area = read_track(mask)
     seen = np.isfinite(area)
     x, y, area = (np.where(seen, z, 1).reshape(-1) for z in (x, y, area))
-    pictures = _unit(cut_out(mask.reshape(-1, h, w).astype(np.float32), x, y, area))
+    pictures = unit_rows(cut_out(mask.reshape(-1, h, w).astype(np.float32), x, y, area))
     kinds = templates()
     fit = (pictures @ kinds.reshape(-1, kinds.shape[-1]).T).reshape(b, t, len(kinds), TURNS)
     fit *= (seen / np.maximum(seen.sum(1, keepdims=True), 1))[..., None, None]
@@ -167,7 +167,7 @@ def fit_shapes(
              for row in moved]
     return np.stack(score, -1).reshape(b, 2, len(SHAPES), -1).max(1)
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-32
+# %% ../../nbs/world/recogniser.ipynb #recogniser-34
 def _fit_path(
     track: np.ndarray,  # `b 2t`: x, then y
     *path: tuple,       # Courses of x and y, `t` each; added up with weights, beside a constant place
@@ -181,7 +181,7 @@ def _fit_path(
     sizes = weights[:, 2:]
     return error, sizes[:, 0] if len(path) == 1 else np.sqrt((sizes ** 2).sum(1))
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-34
+# %% ../../nbs/world/recogniser.ipynb #recogniser-36
 def read_motion(
     x: np.ndarray,       # Track, `b t`, as a fraction of the frame
     y: np.ndarray,       # `b t`
@@ -206,7 +206,7 @@ def read_motion(
     inner = np.where(abs(growth) > np.log(1.3), np.where(growth > 0, "grow", "shrink"), inner)
     return np.where(moves, names[(size > 0).astype(int), best], inner)
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-37
+# %% ../../nbs/world/recogniser.ipynb #recogniser-39
 def _gaps_filled(
     rows: np.ndarray,  # `b t`, NaN where unknown
 ) -> np.ndarray:       # `b t`; ones where nothing is known
@@ -217,7 +217,7 @@ def _gaps_filled(
     wide = np.pad(rows, ((0, 0), (1, 1)), mode="edge")
     return np.median([wide[:, :-2], rows, wide[:, 2:]], 0)
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-39
+# %% ../../nbs/world/recogniser.ipynb #recogniser-41
 def _recognise(
     video: np.ndarray,  # `b 3 t h w`, float32 in [0, 255]
 ) -> list[dict]:
@@ -240,7 +240,7 @@ def _recognise(
              "background": list(BACKGROUNDS)[background[i]] if background[i] >= 0 else None}
             for i in range(len(video))]
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-41
+# %% ../../nbs/world/recogniser.ipynb #recogniser-43
 def recognise(clips: torch.Tensor) -> list[dict]:
     """Read what each clip shows.
 
@@ -262,7 +262,7 @@ def recognise(clips: torch.Tensor) -> list[dict]:
     """
     return [reading for part in in_parts(clips) for reading in _recognise(part)]
 
-# %% ../../nbs/world/recogniser.ipynb #recogniser-46
+# %% ../../nbs/world/recogniser.ipynb #recogniser-48
 def score(
     recognised: list[dict],  # From `recognise`
     truth: list[dict],       # Attributes of the same clips, as `MovingShapes` gives them
