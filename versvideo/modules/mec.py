@@ -239,5 +239,6 @@ class MultiExcitationConv(nn.Module):
         if not self.excitations or (x.shape[2] == 1 and not self.images):
             return y
         z = temporal_shift(x, self.share)
-        # not addcmul, whose gradient moves more
-        return y + z * gate(self.masks(z), self.start, getattr(self, "scale", None))
+        factor = gate(self.masks(z), self.start, getattr(self, "scale", None))
+        # addcmul moves less, but its gradient moves more
+        return y + z * factor if torch.is_grad_enabled() else torch.addcmul(y, z, factor)

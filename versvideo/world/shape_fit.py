@@ -130,4 +130,5 @@ def outline_scores(
 ) -> dict:                # overlap and change: float32 `b` each
     "For each clip the mean overlap, and its mean change from one frame to the next."
     found = fit_clips(clips, shapes)
-    return dict(overlap=found.mean(1), change=found.diff(dim=1).abs().mean(1) if clips.shape[2] > 1 else 0 * found[:, 0])
+    steps = found.diff(dim=1) if found.shape[1] > 1 else torch.zeros_like(found)
+    return dict(overlap=found.mean(1), change=steps.abs().mean(1))
