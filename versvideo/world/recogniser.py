@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'GRID', 'AXIS', 'SPEEDS', 'in_parts', 'read_background', 'read_silhouettes', 'read_colour', 'read_track',
-           'cut_out', 'rotated_grid', 'unit_rows', 'templates', 'fit_shapes', 'read_motion', 'recognise', 'score']
+           'cut_out', 'rotated_grid', 'unit_rows', 'templates', 'fit_shapes', 'read_motion', 'fill_gaps', 'recognise',
+           'score']
 
 # %% ../../nbs/world/recogniser.ipynb #recogniser-03
 import functools
@@ -187,10 +188,11 @@ def read_motion(
     y: np.ndarray,       # `b t`
     radius: np.ndarray,  # Root of the area, `b t`, any unit
     turn: np.ndarray,    # Degrees the object turns over the clip, `b`
+    times: np.ndarray | None = None,  # Of the frames, `t`, in [0, 1]; None: evenly spaced
 ) -> np.ndarray:         # Names, `b`: a motion, or "still"
     "The motion that explains each track."
     b, t = x.shape
-    s, off, track = np.linspace(0, 1, t), np.zeros(t), np.concatenate([x, y], 1)
+    s, off, track = np.linspace(0, 1, t) if times is None else times, np.zeros(t), np.concatenate([x, y], 1)
     ring, hop = np.radians(355) * s, -abs(np.sin(2 * np.pi * s))
     paths = (((s, off),), ((off, s),), ((off, hop),),
              ((np.sin(ring), -np.cos(ring)), (np.cos(ring), np.sin(ring))))
@@ -207,7 +209,7 @@ def read_motion(
     return np.where(moves, names[(size > 0).astype(int), best], inner)
 
 # %% ../../nbs/world/recogniser.ipynb #recogniser-39
-def _gaps_filled(
+def fill_gaps(
     rows: np.ndarray,  # `b t`, NaN where unknown
 ) -> np.ndarray:       # `b t`; ones where nothing is known
     "NaN values replaced by interpolation along each row, then the median of three neighbours."
@@ -230,7 +232,7 @@ def _recognise(
     shape = fit.max(-1).argmax(1)
     turn = abs(SPEEDS[fit[np.arange(len(fit)), shape].argmax(-1)])
     turn[shape == SHAPES.index("circle")] = 0
-    x, y, radius = _gaps_filled(x / w), _gaps_filled(y / h), _gaps_filled(np.sqrt(area))
+    x, y, radius = fill_gaps(x / w), fill_gaps(y / h), fill_gaps(np.sqrt(area))
     motion = read_motion(x, y, radius, turn)
     colour, found = read_colour(video, distance, mask), np.isfinite(area).mean(1) >= 0.5
     moves = found & (video.shape[2] >= 4)
