@@ -116,8 +116,8 @@ def recognise_objects(
 ) -> list:                # A dict each: background, and objects, the larger one first, with colour, shape and motion
     """Read the background and all objects of each clip.
 
-    None where something cannot be read; an empty list of objects where there is none. ValueError or TypeError for another
-    shape, range or type.
+    None where something cannot be read; an empty list of objects where there is none. ValueError or TypeError for
+    another shape, range or type.
     """
     found, names = [], list(COLOURS)
     for video in in_parts(clips):
