@@ -82,10 +82,18 @@ def shapes_world(
     seed: int = 0,
     styles: str | tuple = "flat",  # Drawing styles; as text, separated by commas
     frames: int | None = None,  # None: those of the size
+    objects: str = "1",  # Numbers of objects, separated by commas
+    textures: str = "plain",  # Of the background, separated by commas
+    pan: bool = False,  # Whether the camera may pan over textures
 ) -> MovingShapes:
-    "Moving Shapes in the shape of a size, one object on a plain background."
+    "Moving Shapes in the shape of a size. What is named several times in a list is drawn as much more often."
     kinds = tuple(styles.split(",")) if isinstance(styles, str) else tuple(styles)
-    return MovingShapes(split, seed, frames=frames or row.frames, size=(row.height, row.width), styles=kinds)
+    try:
+        numbers = tuple(map(int, str(objects).split(",")))
+    except ValueError:
+        raise ValueError(f"{objects=}: give 1 or 2, or both separated by a comma") from None
+    return MovingShapes(split, seed, frames or row.frames, (row.height, row.width), numbers, kinds,
+                        tuple(textures.split(",")), pan)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-21
 def caption_ids(
