@@ -182,7 +182,8 @@ class MovingShapes:
         "The world with everything on: one or two objects, all styles and textures, camera pan."
         return cls(split, seed, frames, size, (1, 2), STYLES, TEXTURES, True)
 
-    def _choices(self, indices: list[int]) -> SimpleNamespace:
+    def choices(self, indices: list[int]) -> SimpleNamespace:
+        "What the clips show, as indices into the tables, which can be changed; ValueError for other indices."
         index = np.asarray(indices, np.int64)
         if index.ndim != 1 or (index < 0).any():
             raise ValueError(f"indices={indices}: pass a list of whole numbers from 0 on")
@@ -194,7 +195,7 @@ class MovingShapes:
         indices: list[int],  # Any whole numbers from 0 on
     ) -> list[dict]:         # objects, background, texture, pan of each clip
         "What the clips show, without drawing them; ValueError for other indices."
-        return _attributes(self._choices(indices))
+        return _attributes(self.choices(indices))
 
     def batch(
         self,
@@ -203,7 +204,7 @@ class MovingShapes:
     ) -> ShapesBatch:
         "The clips with captions and truth; ValueError for other indices."
         most = max(self._lists["objects"])
-        batch = ShapesBatch(self._choices(indices), self.frames, self.size, most)
+        batch = ShapesBatch(self.choices(indices), self.frames, self.size, most)
         if truth:
             batch._truth()
         return batch
