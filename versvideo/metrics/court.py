@@ -130,6 +130,7 @@ class ScoreOnTrial:
     better: int       # 1: a larger number is better, -1: a smaller one
     value: Callable   # `(readings of the clips, of real clips, of training clips) -> number`
     least: int = 1    # Clips it needs
+    only: str = ""    # The one fault that it is for; empty: all
 
 
 def mean_of(name: str) -> Callable:
@@ -151,7 +152,7 @@ def judge_scores(
     }
     if training:
         found[f"training distance on {name}"] = ScoreOnTrial(
-            1, lambda fake, real, seen: float(training_distance(seen[key], fake[key]).mean()), 2)
+            1, lambda fake, real, seen: float(training_distance(seen[key], fake[key]).mean()), 2, "copies of training clips")
     return found
 
 # %% ../../nbs/metrics/court.ipynb #court-20
@@ -267,9 +268,10 @@ def hold_court(
     scores: dict,  # Of `scores_of`
     sizes: list,   # As of `try_scores`
 ) -> list:         # Of `Verdict`
-    "A verdict for every score and fault."
+    "A verdict for every score and fault that the score is for."
     faults = list(dict.fromkeys(fault for rows in values.values() for fault, _ in rows if fault))
-    return [give_verdict(name, fault, values[name], sizes, scores[name].better) for name in values for fault in faults]
+    return [give_verdict(name, fault, values[name], sizes, scores[name].better) for name in values for fault in faults
+            if scores[name].only in ("", fault)]
 
 # %% ../../nbs/metrics/court.ipynb #court-39
 PAIRED = ("PSNR", "SSIM", "perceptual distance")  # Scores that need the original
