@@ -151,8 +151,8 @@ def judge_scores(
         f"recall on {name}": ScoreOnTrial(1, lambda fake, real, _: precision_recall(real[key], fake[key])[1], 4),
     }
     if training:
-        found[f"training distance on {name}"] = ScoreOnTrial(
-            1, lambda fake, real, seen: float(training_distance(seen[key], fake[key]).mean()), 2, "copies of training clips")
+        distance = lambda fake, real, seen: float(training_distance(seen[key], fake[key]).mean())
+        found[f"training distance on {name}"] = ScoreOnTrial(1, distance, 2, "copies of training clips")
     return found
 
 # %% ../../nbs/metrics/court.ipynb #court-20
