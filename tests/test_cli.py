@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from versvideo.media.video import read_video
+from versvideo.media.video import read_video, write_video
+from versvideo.world.shapes import MovingShapes
 
 
 def versvideo(*arguments, cwd, **options) -> subprocess.CompletedProcess:
@@ -19,6 +20,20 @@ def test_generate_writes_a_video(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "out.mp4"
     assert read_video(tmp_path / "out.mp4").shape == (3, 16, 256, 256)
+
+
+def test_compare_names_the_cause_of_a_difference(tmp_path):
+    "Two folders of videos, alike in all else: the clips are the only cause."
+    for name, count, seed in (("real", 12, 0), ("a", 12, 1), ("b", 12, 2)):
+        (tmp_path / name).mkdir()
+        for i, clip in enumerate(MovingShapes("test", seed, frames=16, size=32).batch(range(count)).clips):
+            write_video(clip, tmp_path / name / f"{i}.mp4")
+    done = versvideo("compare", "a", "b", "--real", "real", "--geometry", "32 as rendered", "-o", "gap.jpg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "come from clips (a and b)" in done.stdout and (tmp_path / "gap.jpg").exists()
+    listed = versvideo("compare", "stylegan-v", "videogpt", cwd=tmp_path)
+    assert "224 centre crop" in listed.stdout
+    assert "did you mean 'latte'" in versvideo("compare", "latte", "lattee", cwd=tmp_path).stderr
 
 
 def test_first_line_comes_before_torch(tmp_path):

@@ -46,7 +46,7 @@ ONLY_IN = {
     "pyarrow": {"data.manifest"},
     "webdataset": {"data.shards"},
     "IPython": {"media.show", "pipelines.explorer"},
-    "matplotlib": {"media.show"},
+    "matplotlib": {"media.diagrams", "media.show"},
     "jupyter": set(),
     "papermill": {"core.notebooks"},
     "nbdev": set(),

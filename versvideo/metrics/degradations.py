@@ -6,13 +6,11 @@
 __all__ = ['FAULTS', 'ClipSet', 'shapes_set', 'Fault', 'degrade']
 
 # %% ../../nbs/metrics/degradations.ipynb #degradations-03
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import gaussian_blur
 
 from ..core.checks import pick
 from ..world.mistakes import draw_mistakes, vanish
@@ -45,8 +43,11 @@ def shapes_set(
 # %% ../../nbs/metrics/degradations.ipynb #degradations-10
 def _blur(x, dose, g):
     sigma = max(dose * x.shape[3] / 20, 1e-3)
-    return gaussian_blur(x.transpose(1, 2).flatten(0, 1), 2 * math.ceil(3 * sigma) + 1, sigma).unflatten(
-        0, (len(x), -1)).transpose(1, 2)
+    reach = int(3 * sigma) + 1
+    line = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
+    line = line.view(1, 1, 1, 1, -1) / line.sum()
+    planes = F.pad(x.flatten(0, 1)[:, None], (reach,) * 4 + (0, 0), mode="replicate")
+    return F.conv3d(F.conv3d(planes, line), line.mT)[:, 0].unflatten(0, x.shape[:2])
 
 
 def _noise(x, dose, g):

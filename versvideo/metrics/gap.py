@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'REPOSITORIES', 'VALUES', 'COVARIANCES', 'MOST', 'Recipe', 'recipe_of', 'fill_in', 'differing',
-           'TensorVideos', 'FolderVideos', 'Measure', 'shapley', 'Gap', 'explain']
+           'TensorVideos', 'FolderVideos', 'Measure', 'shapley', 'Gap', 'explain', 'measure_gap', 'compare']
 
 # %% ../../nbs/metrics/gap.ipynb #gap-03
 import itertools
@@ -24,6 +24,7 @@ from ..media.show import Table
 from ..media.video import VIDEO_SUFFIXES
 from .benchmark import PRESETS, choose
 from .distances import Statistics, frechet_distance
+from .features import load_extractor
 from .networks import Extractor
 from .protocol import Score
 
@@ -253,3 +254,58 @@ def explain(
     known = {some: measure(replace(a, **{name: getattr(b, name) for name in some}))
              for some in progress(mixtures, "measure", every=1)}
     return Gap(a, b, (known[frozenset()], known[frozenset(names)]), shapley(names, known.__getitem__))
+
+# %% ../../nbs/metrics/gap.ipynb #gap-28
+def measure_gap(
+    a: Recipe,             # Complete, with folders as clips
+    b: Recipe,
+    real: str,             # Folder of the real videos
+    extractor: Extractor,
+) -> Gap:
+    "Take the difference of two recipes apart on videos in folders; where there are fewer clips, all are taken."
+    if not (a.clips and b.clips):
+        raise ValueError("these are not both folders of videos: give clips=, the folder of those to score")
+    videos = {name: FolderVideos(name, max(a.frames, b.frames)) for name in (a.clips, b.clips)}
+    shown = FolderVideos(real, max((r.frames - 1) * r.stride + 1 for r in (a, b)))
+    most = min(len(v.labels) for v in (shown, *videos.values()))
+    a, b = (replace(r, n=min(r.n, most)) for r in (a, b))
+    return explain(a, b, Measure(shown, videos, {extractor.name: extractor}))
+
+# %% ../../nbs/metrics/gap.ipynb #gap-29
+def compare(
+    a: str,              # As of `recipe_of`
+    b: str,              # The other one
+    real: str = "",      # Folder of the real videos; empty: nothing is measured
+    clips: str = "",     # Folder of the generated videos, where neither a nor b is one
+    judge: str = "shapes",  # The network, NAME or NAME=FILE, as of `load_extractor`
+    n: int = 0,          # Clips of each set, where the recipes do not say; 0: as many as both sets have
+    geometry: str = "",  # As of `fit_frames`, likewise; empty: 224 squashed
+) -> Gap | Table:        # A table of the differences, where nothing is measured
+    """Why two scores differ.
+
+    Parameters
+    ----------
+    a, b : folders of generated videos, JSON files of a `Score`, presets of `benchmark`, or repositories
+    real : folder of the real videos
+    clips : folder of the generated videos, where a and b are recipes
+    judge : the network, for example i3d=i3d_torchscript.pt
+    n : clips of each set, where the recipes do not say
+    geometry : size of the frames, likewise
+
+    Returns
+    -------
+    Gap, or without real videos a Table of the fields in which the recipes differ
+
+    Raises
+    ------
+    ValueError, FileNotFoundError for names that are no recipes, missing videos, or recipes that differ in too much.
+    """
+    recipes = [recipe_of(name) for name in (a, b)]
+    default = replace(DEFAULT, n=n or 10**9, geometry=geometry or DEFAULT.geometry)
+    if not real:
+        first, second = fill_in(*recipes, default)
+        rows = [dict(field=name, first=str(getattr(first, name)), second=str(getattr(second, name)))
+                for name in differing(first, second)]
+        return Table(rows or [dict(field="none", first="", second="")])
+    extractor = load_extractor(*judge.partition("=")[::2])
+    return measure_gap(*fill_in(*recipes, replace(default, clips=clips, extractor=extractor.name)), real, extractor)
