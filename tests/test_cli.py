@@ -26,9 +26,11 @@ def test_compare_names_the_cause_of_a_difference(tmp_path):
     "Two folders of videos, alike in all else: the clips are the only cause."
     for name, count, seed in (("real", 12, 0), ("a", 12, 1), ("b", 12, 2)):
         (tmp_path / name).mkdir()
-        for i, clip in enumerate(MovingShapes("test", seed, frames=16, size=32).batch(range(count)).clips):
+        clips = MovingShapes("test", seed, frames=16, size=32).batch(range(count)).clips
+        for i, clip in enumerate(clips):
             write_video(clip, tmp_path / name / f"{i}.mp4")
-    done = versvideo("compare", "a", "b", "--real", "real", "--geometry", "32 as rendered", "-o", "gap.jpg", cwd=tmp_path)
+    form = ("--geometry", "32 as rendered", "-o", "gap.jpg")
+    done = versvideo("compare", "a", "b", "--real", "real", *form, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "come from clips (a and b)" in done.stdout and (tmp_path / "gap.jpg").exists()
     listed = versvideo("compare", "stylegan-v", "videogpt", cwd=tmp_path)

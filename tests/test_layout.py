@@ -29,9 +29,9 @@ ROOMS = ["core", "media", "modules", "models", "data", "world", "pipelines", "tr
 
 # Moving Shapes is a world of its own: only what trains, judges or compares on it knows it.
 KNOW_THE_WORLD = {
-    "metrics.benchmark", "metrics.degradations", "metrics.features", "lab.ablation", "lab.shapes_trials", "trainers.recipes",
-    "trainers.recipe_controlnet", "trainers.recipe_style", "trainers.recipe_vae", "trainers.recipe_clip",
-    "lab.maintain",
+    "metrics.benchmark", "metrics.degradations", "metrics.features", "lab.ablation", "lab.shapes_trials",
+    "trainers.recipes", "trainers.recipe_controlnet", "trainers.recipe_style", "trainers.recipe_vae",
+    "trainers.recipe_clip", "lab.maintain",
 }
 
 # Heavy or optional packages, and the only modules that may import them (inside functions).

@@ -10,7 +10,7 @@ __all__ = ['SURE', 'PAIRED', 'embedded_judges', 'read_judge', 'paired_values', '
 # %% ../../nbs/metrics/court.ipynb #court-03
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

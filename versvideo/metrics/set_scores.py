@@ -7,7 +7,6 @@ __all__ = ['as_two_sets', 'mmd', 'distance_table', 'precision_recall', 'training
 
 # %% ../../nbs/metrics/set_scores.ipynb #set_scores-03
 import numpy as np
-import torch
 
 from .distances import as_rows, frechet_distance
 
