@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'VARIANTS', 'COSTS', 'TABLES', 'relabel', 'format_interval', 'recogniser_rows', 'goal_rows', 'decoder_rows',
-           'decoder_part_rows', 'score_rows', 'ablation_rows', 'cost_rows', 'gpu_rows']
+           'decoder_part_rows', 'score_rows', 'ablation_rows', 'court_rows', 'cost_rows', 'gpu_rows']
 
 # %% ../../nbs/lab/tables.ipynb #tables-03
 import csv
 from pathlib import Path
 
 from ..core.records import read_json
+from ..metrics.degradations import FAULTS
 
 # %% ../../nbs/lab/tables.ipynb #tables-06
 LABELS = {  # Name in older records: present name
@@ -174,6 +175,22 @@ def ablation_rows(folder: Path, run: str) -> list:
     return rows
 
 # %% ../../nbs/lab/tables.ipynb #tables-31
+def court_rows(folder: Path, run: str) -> list:
+    "How many faults of each kind a score notices, of how many, and which make it better (45_court)."
+    found = read_json(folder / run / "metrics.json")["verdicts"]
+    kinds = dict.fromkeys(FAULTS[fault].kind for verdicts in found.values() for fault in verdicts)
+    rows = []
+    for score, verdicts in found.items():
+        cells = {}
+        for kind in kinds:
+            own = [v["finding"] for fault, v in verdicts.items() if FAULTS[fault].kind == kind]
+            cells[f"faults of {kind}".replace("of set", "of a set")] = (
+                f"{own.count('notices')} of {len(own)}" if own else "")
+        misled = ", ".join(fault for fault, v in verdicts.items() if v["finding"] == "misled")
+        rows.append({"score": score, **cells, "gets better with": misled})
+    return rows
+
+# %% ../../nbs/lab/tables.ipynb #tables-34
 COSTS = {  # Label: table, case and baseline in the record of 60_cost
     "sampling step, L, latents 16×32×32, experts merged, vs. without MEC and experts": (
         "inference", "merged", "baseline"),
@@ -189,7 +206,7 @@ COSTS = {  # Label: table, case and baseline in the record of 60_cost
         "beside others", "VersVideo H, merged", "ModelScope"),
 }
 
-# %% ../../nbs/lab/tables.ipynb #tables-32
+# %% ../../nbs/lab/tables.ipynb #tables-35
 def cost_rows(folder: Path, run: str) -> list:
     "Time and operations of MEC and experts, relative to a baseline (60_cost)."
     with open(folder / run / "cost.csv") as file:
@@ -202,7 +219,7 @@ def cost_rows(folder: Path, run: str) -> list:
         rows.append({"operation": label, "time ratio, median [quartiles]": ratio, "TFLOP": flops})
     return rows
 
-# %% ../../nbs/lab/tables.ipynb #tables-35
+# %% ../../nbs/lab/tables.ipynb #tables-38
 def gpu_rows(folder: Path, run: str) -> list:
     "Time and memory of training steps and of sampling (61_gpu)."
     found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
@@ -222,13 +239,14 @@ def gpu_rows(folder: Path, run: str) -> list:
     return [{"operation": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"],
              "peak memory, GB": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
 
-# %% ../../nbs/lab/tables.ipynb #tables-38
+# %% ../../nbs/lab/tables.ipynb #tables-41
 TABLES = {  # Name in README.md or results/README.md: function
     "judged": recogniser_rows,
     "marks": goal_rows,
     "decoders": decoder_rows,
     "decoder_parts": decoder_part_rows,
     "scored": score_rows,
+    "court": court_rows,
     "ablated": ablation_rows,
     "costs": cost_rows,
     "on_gpu": gpu_rows,

@@ -27,7 +27,7 @@ class Denoiser(Protocol):
     def __call__(
         self,
         sample,                    # Noisy latents, `b c t h w`; an image has t == 1
-        timestep,                  # Diffusion step: a number, or a tensor with one a clip
+        timestep,                  # Diffusion step: a number, a tensor with one a clip, or for long videos one a frame
         encoder_hidden_states,     # Text tokens, `b n d`
         return_dict: bool = True,  # False: a tuple whose first entry is the noise
     ) -> Any:                      # An object whose `sample` is the noise, in the shape of `sample`

@@ -58,11 +58,12 @@ class ResBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,     # `b c t h w`
-        step: torch.Tensor,  # Embedded diffusion step, `b step_dim`
+        step: torch.Tensor,  # Embedded diffusion step, `b step_dim`, or of each frame, `b t step_dim`
     ) -> torch.Tensor:       # `b c' t h w`
         "The input plus what the two convolutions make of it."
         y = per_frame(lambda f: self.conv1(F.silu(self.norm1(f))), x)
-        y = y + self.step(step)[:, :, None, None, None]
+        shift = self.step(step)
+        y = y + (shift[:, None] if step.ndim == 2 else shift).mT[..., None, None]
         return per_frame(self.shortcut, x) + self.conv2(F.silu(per_frame(self.norm2, y)))
 
 # %% ../../nbs/models/layers.ipynb #layers-13
@@ -210,7 +211,7 @@ def token_bias(
 def check_inputs(
     config,                # Of a `VersVideoUNet`
     sample: torch.Tensor,  # Should be `b c t h w`
-    timestep,              # Should have 1 or b entries
+    timestep,              # Should be one, one a clip, or `b t`
     text: torch.Tensor,    # Should be `b n d`
     token_weights: torch.Tensor | None = None,  # Should be `b n`
 ) -> None:
@@ -224,9 +225,10 @@ def check_inputs(
     if token_weights is not None and token_weights.shape != text.shape[:2]:
         raise ValueError(f"token_weights has shape {tuple(token_weights.shape)}: give one number for each token, "
                          f"{tuple(text.shape[:2])}")
-    entries = torch.as_tensor(timestep).numel()
-    if entries not in (1, len(sample)):
-        raise ValueError(f"timestep has {entries} entries for {len(sample)} clips: give one, or one a clip")
+    shape, b, t = tuple(torch.as_tensor(timestep).shape), len(sample), sample.shape[2]
+    if shape not in ((), (1,), (b,), (b, t)):
+        raise ValueError(f"timestep has shape {shape} for {b} clips of {t} frames: give one, one a clip, or one a "
+                         f"frame, ({b}, {t})")
 
 # %% ../../nbs/models/layers.ipynb #layers-39
 class ExpertMixin:
@@ -354,11 +356,12 @@ class LayeredModel(WeightLayout, ExpertMixin, FusionMixin, ModelMixin, ConfigMix
     def embed_step(
         self,
         sample: torch.Tensor,  # `b c t h w`, for its length, type and device
-        timestep,              # Diffusion step, one or one a clip
-    ) -> torch.Tensor:         # `b d`
-        "The diffusion step of each clip as a vector, after the SiLU that residual blocks of diffusers begin with."
-        step = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        return self.time_embedding(self.time_proj(step).to(sample.dtype))
+        timestep,              # Diffusion step: one, one a clip, or one a frame, `b t`
+    ) -> torch.Tensor:         # `b d`, or `b t d`
+        "Diffusion steps as vectors, after the SiLU that residual blocks of diffusers begin with."
+        step = torch.as_tensor(timestep, device=sample.device)
+        step = step if step.ndim == 2 else step.expand(len(sample))
+        return self.time_embedding(self.time_proj(step.flatten()).to(sample.dtype)).unflatten(0, step.shape)
 
     def go_down(
         self,

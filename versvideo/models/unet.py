@@ -85,7 +85,7 @@ class VersVideoUNet(LayeredModel):
     def forward(
         self,
         sample: torch.Tensor,                  # Noisy latents, `b c t h w`; an image has t == 1
-        timestep: torch.Tensor | int,          # Diffusion step, one or one a clip
+        timestep: torch.Tensor | int,          # Diffusion step: one, one a clip, or one a frame, `b t`
         encoder_hidden_states: torch.Tensor,   # Text tokens, `b n d`
         return_dict: bool = True,              # False gives a tuple
         token_weights: torch.Tensor | None = None,  # `b n`, how much each token counts: 1 as usual, 0 not at all
