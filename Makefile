@@ -115,7 +115,7 @@ results: $(INSTALLED)
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
 	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s2/weights
-	$(RUN) nbs/33_judge.ipynb --out results/33_judge-XS-s0.ipynb prompts=64 out=results/33_judge-XS-s0
+	$(RUN) nbs/33_judge.ipynb --out results/33_judge-XS-s0.ipynb prompts=256 out=results/33_judge-XS-s0
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS-s1.ipynb \
@@ -124,10 +124,14 @@ results: $(INSTALLED)
 	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
+	$(RUN) nbs/45_court.ipynb --out results/45_court-XS.ipynb n=256 sizes=32,64,128 doses=0.1,0.3,1 faults= repeats=12 paired=64 \
+	    out=results/45_court-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/55_ablation_start.ipynb --out results/55_ablation_start-XS.ipynb size=XS seeds=3 at_once=2 \
 	    runs=results/50_ablation_unet-XS/trainings out=results/55_ablation_start-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/50_ablation_unet.ipynb --out results/50_ablation_unet-XS.ipynb size=XS seeds=4 at_once=2 \
 	    runs=results/50_ablation_unet-XS/trainings out=results/50_ablation_unet-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/50_ablation_unet.ipynb --out results/50_ablation_unet-full-XS.ipynb size=XS seeds=4 at_once=2 \
+	    world=full runs=results/50_ablation_unet-XS/trainings out=results/50_ablation_unet-full-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/51_ablation_moe.ipynb --out results/51_ablation_moe-XS.ipynb size=XS seeds=2 at_once=2 \
 	    runs=results/50_ablation_unet-XS/trainings out=results/51_ablation_moe-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/52_ablation_mec.ipynb --out results/52_ablation_mec-XS.ipynb size=XS seeds=2 at_once=2 \

@@ -23,6 +23,7 @@ from .guidance import Passes, Style, guide, plan_passes
 from .memory import pixels_per_latent
 from .saved import SavedPipeline
 from .schedulers import check_scheduler, velocity_level
+from .windows import PromptTrack, cut_control, fuse_windows
 
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-06
 class VideoComponents(SavedPipeline):
@@ -164,6 +165,27 @@ class NoisePrediction(PromptEncoding):
         level = velocity_level(self.scheduler, t_idx)
         return guide(predictions, passes.scales, self.guidance_rescale, level and (*level, noisy))
 
+    def predict_windows(
+        self,
+        latents: torch.Tensor,             # Noisy, `b c t h w`
+        t_idx: torch.Tensor | int,         # Diffusion step
+        windows: list,                     # Of `plan_windows`
+        embeds: dict,                      # `prompt_embeds` and `negative_prompt_embeds`, `b n d`
+        track: PromptTrack | None = None,  # Prompts along time, in place of `prompt_embeds`
+        control: dict | None = None,       # As of `predict_noise`
+        memory: dict | None = None,        # For each window that of `control_residuals`
+        style: Style | None = None,
+    ) -> torch.Tensor:                     # As of `predict_noise`
+        "Noise in a clip of any length, window by window."
+        parts, memory = [], {} if memory is None else memory
+        for window in windows:
+            told = {} if track is None else dict(prompt_embeds=track.at(window).expand(len(latents), -1, -1))
+            parts.append(self.predict_noise(
+                latents[:, :, window.start:window.stop], t_idx, **embeds | told, style=style,
+                control=control if len(windows) == 1 else cut_control(control, window),
+                memory=memory.setdefault(window.start, {})))
+        return parts[0] if len(parts) == 1 else fuse_windows(parts, windows)
+
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-26
 class VideoDenoiser(NoisePrediction):
     "The components of a text-to-video model and the steps from noise to latents, all `b c t h w`."
@@ -190,16 +212,19 @@ class VideoDenoiser(NoisePrediction):
         held: HeldFrames | None = None,    # Frames to clamp
         callback=None,                     # As of `call_back`
         names: list = (),                  # Tensors that it gets
+        windows: list | None = None,       # Of `plan_windows`; None: the whole clip at once
+        track: PromptTrack | None = None,  # Prompts along time
     ) -> torch.Tensor:                     # `b c t h w`
         "Take all steps of the scheduler's timesteps."
         memory, control = {}, None  # conditions do not change from step to step
+        windows = windows or [range(latents.shape[2])]
         with self.progress_bar(total=self.num_timesteps) as bar:
             for i, t_idx in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
                 control = plan and plan.at(i, self.num_timesteps)
                 latents = held.clamp(latents, control, self.scheduler, t_idx) if held else latents
-                eps = self.predict_noise(latents, t_idx, **embeds, style=style, control=control, memory=memory)
+                eps = self.predict_windows(latents, t_idx, windows, embeds, track, control, memory, style)
                 latents = self.scheduler.step(eps, t_idx, latents, **step_arguments).prev_sample
                 if callback is not None:
                     embeds = self.call_back(callback, names, i, t_idx, dict(latents=latents, **embeds))

@@ -65,10 +65,12 @@ def check_memory(
     passes: int,           # Of the denoiser at a step, all at once
     chunk: int | None,     # Frames decoded at once
     device: torch.device,  # Where the video is made
+    window: int | None = None,  # Frames that the denoiser sees at once; None: all
 ) -> None:
     "MemoryError with the size, the estimate and the remedy for a video that does not fit."
-    b, _, t, h, w = shape
-    factor, denoising = pixels_per_latent(vae), denoising_bytes(denoiser, shape, passes)
+    b, c, t, h, w = shape
+    factor, seen = pixels_per_latent(vae), (b, c, min(t, window or t), h, w)
+    denoising = denoising_bytes(denoiser, seen, passes)
     decoding = 0 if vae is None else decoding_bytes(vae, shape, chunk)
     tiles = ", or decode in tiles (pipe.vae.enable_tiling())" if decoding > denoising else ""
     size = f"num_frames={t}, height={h * factor}, width={w * factor} in a batch of {b}"
@@ -89,8 +91,8 @@ def warn_beyond_training(
     asked, own = "height={1}, width={2}".format(*size), "{1}×{2} pixels that the model was trained on".format(*trained)
     messages = {
         "longer": size[0] > trained[0] and
-        f"num_frames={size[0]} is more than the {trained[0]} that the model was trained on: objects may change their "
-        "shape and colour, and the motion may slow down or stop",
+        f"num_frames={size[0]} at once is more than the {trained[0]} that the model was trained on: objects may change "
+        "their shape and colour, and the motion may slow down or stop; leave window_frames out",
         "larger": max(ratios) > FAR and f"{asked} is far more than the {own}: objects may appear more than once",
         "smaller": min(ratios) < 1 / FAR and f"{asked} is far less than the {own}: objects may be missing or cut off",
     }

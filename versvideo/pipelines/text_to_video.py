@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VersVideoPipeline']
 
-# %% ../../nbs/pipelines/text_to_video.ipynb #text-to-video-03
+# %% ../../nbs/pipelines/text_to_video.ipynb #text_to_video-03
 from collections.abc import Callable
 
 import torch
@@ -22,15 +22,16 @@ from .lora import LoraMixin
 from .memory import check_memory, warn_beyond_training
 from .output import VersVideoPipelineOutput, output_converter
 from .schedulers import check_scheduler, set_timesteps, step_arguments
+from .windows import PromptTrack, check_track, plan_windows, repeat_noise
 
-# %% ../../nbs/pipelines/text_to_video.ipynb #text-to-video-06
+# %% ../../nbs/pipelines/text_to_video.ipynb #text_to_video-06
 class VersVideoPipeline(LoraMixin, VideoDenoiser):
     "Text to video with VersVideo: `pipe(prompt).videos` is `b c t h w` in [0, 1]; `help(pipe.__call__)` says more."
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | dict[int, str] | None = None,
         negative_prompt: str | list[str] | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -61,6 +62,8 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         clip_skip: int | None = None,
+        window_frames: int | None = None,
+        window_overlap: int | None = None,
     ) -> VersVideoPipelineOutput | tuple:
         conditions = check_conditions(self.controlnet, conditions, image)
         controlled, styled = bool(conditions) or image is not None, style_image is not None
@@ -80,18 +83,26 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
         if prompt is None and prompt_embeds is None and (controlled or styled):
             prompt = ""
+        windows, track = plan_windows(size[0], self.unet.config.sample_size[0], window_frames, window_overlap), None
+        if isinstance(prompt, dict):
+            check_track(prompt, size[0])
+            texts = self.encode_prompt(list(prompt.values()), clip_skip=clip_skip, do_classifier_free_guidance=False)
+            track, prompt = PromptTrack(list(prompt), texts[0]), prompt[0]
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, prompt_embeds,
                                                 negative_prompt_embeds, controlled or styled, clip_skip)
         device, shape = self._execution_device, (len(positive), self.unet.config.in_channels, *size)
-        check_memory(self.unet, self.vae, shape, 1 + self.do_classifier_free_guidance, decode_chunk_size, device)
-        t, h, w = size
-        warn_beyond_training((t, h * self.vae_scale_factor, w * self.vae_scale_factor), self.trained_size, self._warned)
+        passes, seen = 1 + self.do_classifier_free_guidance, len(windows[0])
+        check_memory(self.unet, self.vae, shape, passes, decode_chunk_size, device, seen)
+        _, h, w = size
+        edge = self.vae_scale_factor
+        warn_beyond_training((seen, h * edge, w * edge), self.trained_size, self._warned)
         if image is not None:
             conditions["image"] = first_frame(image, size, self.vae_scale_factor)
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start, control_end, shape,
                             device) if conditions else None
         style = Style(self.encode_style(style_image, len(positive)), style_scale, style_guidance) if styled else None
-        latents = start_latents(shape, generator, latents, device)
+        noise = start_latents(shape, generator, latents, device)
+        latents = repeat_noise(noise, windows) if latents is None else noise
         set_timesteps(self.scheduler, num_inference_steps, device, timesteps=timesteps, sigmas=sigmas)
         self._num_timesteps = len(self.scheduler.timesteps)
         warn_if_idle(plan, self._num_timesteps)
@@ -99,18 +110,19 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         latents = self.denoise(latents * self.scheduler.init_noise_sigma,
                                dict(prompt_embeds=positive, negative_prompt_embeds=negative),
                                step_arguments(self.scheduler, eta=eta, generator=generator),
-                               plan, style, held, callback_on_step_end, names)
+                               plan, style, held, callback_on_step_end, names, windows, track)
         videos = latents if output_type == "latent" else convert(decode_latents(self.vae, latents, decode_chunk_size))
         self.maybe_free_model_hooks()
         return VersVideoPipelineOutput(videos, output_type) if return_dict else (videos,)
 
-# %% ../../nbs/pipelines/text_to_video.ipynb #text-to-video-07
+# %% ../../nbs/pipelines/text_to_video.ipynb #text_to_video-07
 VersVideoPipeline.__call__.__doc__ = """Generate videos from text, conditions and a style.
 
 Parameters
 ----------
-prompt : str or list of str
-    What to show; one text, or one for each video. May be left out with `conditions`, `image` or `style_image`.
+prompt : str or list of str or dict
+    What to show; one text, or one for each video. May be left out with `conditions`, `image` or `style_image`. A dict
+    has prompts of one video that hold from frames on: {0: "a red circle", 32: "a blue star"}.
 negative_prompt : str or list of str
     What not to show (needs guidance); one for all prompts or one for each. Default: the empty text.
 num_frames, height, width : int
@@ -164,6 +176,9 @@ timesteps, sigmas : list
     scheduler takes them.
 clip_skip : int
     Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
+window_frames, window_overlap : int
+    A clip of more frames than `window_frames` is denoised in windows, which share `window_overlap` frames with the next
+    one. Default: as many frames as the denoiser was trained on, and half of that. `window_frames=0`: all at once.
 
 Returns
 -------
