@@ -91,8 +91,8 @@ def warn_beyond_training(
     asked, own = "height={1}, width={2}".format(*size), "{1}×{2} pixels that the model was trained on".format(*trained)
     messages = {
         "longer": size[0] > trained[0] and
-        f"num_frames={size[0]} at once is more than the {trained[0]} that the model was trained on: objects may change "
-        "their shape and colour, and the motion may slow down or stop; leave window_frames out",
+        f"num_frames={size[0]} is more than the {trained[0]} that the model was trained on: objects may change their "
+        "shape and colour, and the motion may slow down or stop",
         "larger": max(ratios) > FAR and f"{asked} is far more than the {own}: objects may appear more than once",
         "smaller": min(ratios) < 1 / FAR and f"{asked} is far less than the {own}: objects may be missing or cut off",
     }

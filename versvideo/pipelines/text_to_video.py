@@ -83,7 +83,7 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
         if prompt is None and prompt_embeds is None and (controlled or styled):
             prompt = ""
-        windows, track = plan_windows(size[0], self.unet.config.sample_size[0], window_frames, window_overlap), None
+        windows, track = plan_windows(size[0], window_frames, window_overlap), None
         if isinstance(prompt, dict):
             check_track(prompt, size[0])
             texts = self.encode_prompt(list(prompt.values()), clip_skip=clip_skip, do_classifier_free_guidance=False)
@@ -178,7 +178,7 @@ clip_skip : int
     Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
 window_frames, window_overlap : int
     A clip of more frames than `window_frames` is denoised in windows, which share `window_overlap` frames with the next
-    one. Default: as many frames as the denoiser was trained on, and half of that. `window_frames=0`: all at once.
+    one, by default half of them; memory is that of one window. Default: all frames at once.
 
 Returns
 -------

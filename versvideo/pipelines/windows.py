@@ -15,17 +15,16 @@ from ..core.checks import check_counts
 # %% ../../nbs/pipelines/windows.ipynb #windows-06
 def plan_windows(
     frames: int,   # Of the clip
-    trained: int,  # Frames that the denoiser was trained on
-    length: int | None = None,   # Of a window; None: as trained; 0: the whole clip at once
+    length: int | None = None,   # Of a window; None: the whole clip at once
     overlap: int | None = None,  # Frames that neighbouring windows share; None: half a window
 ) -> list:         # Of `range`; the last window ends with the clip
     "Windows that cover a clip; one for a clip that is no longer than a window. ValueError for such as do not fit."
-    length = trained if length is None else length or frames
+    length = frames if length is None else length
     check_counts(window_frames=length)
     if frames <= length:
         if overlap:
             raise ValueError(f"window_overlap={overlap} has no effect: {frames} frames are one window of {length}; "
-                             "leave it out, or give more num_frames")
+                             "leave it out, or give window_frames=, fewer than num_frames")
         return [range(frames)]
     overlap = length // 2 if overlap is None else overlap
     if not isinstance(overlap, int) or not 0 <= overlap < length:
