@@ -34,7 +34,7 @@ def block_flow(
     costs = torch.stack([
         F.avg_pool2d((after - padded[..., REACH - dy:REACH - dy + 64, REACH - dx:REACH - dx + wide]).abs(), BLOCK)[:, 0]
         + CHARGE * math.hypot(dx, dy) for dx, dy in ways])
-    best = torch.tensor(ways, dtype=torch.float32)[costs.argmin(0)]
+    best = torch.tensor(ways, dtype=torch.float32, device=clips.device)[costs.argmin(0)]
     return best.permute(0, 3, 1, 2).unflatten(0, (b, t - 1))
 
 # %% ../../nbs/metrics/motion_features.ipynb #motion_features-10
@@ -56,6 +56,8 @@ def motion_features(
     clips: torch.Tensor,  # `b 3 t h w`, uint8 or floats in [0, 1], t at least 3
 ) -> torch.Tensor:        # `b d`
     "Histograms of velocities and accelerations."
+    if clips.shape[2] < 3:
+        raise ValueError(f"clips have {clips.shape[2]} frames: give at least 3, for a change of velocity")
     velocity = block_flow(clips)
     return torch.cat([direction_histogram(velocity), direction_histogram(velocity.diff(dim=1))], 1)
 
@@ -69,7 +71,8 @@ def warping_error(
     flow = block_flow(clips).flatten(0, 1) * (h / 64)
     flow = F.interpolate(flow, (h, w), mode="nearest")
     before, after = (part.transpose(1, 2).flatten(0, 1) for part in (x[:, :, :-1], x[:, :, 1:]))
-    grid = F.affine_grid(torch.eye(2, 3).expand(len(flow), 2, 3), (len(flow), 3, h, w), align_corners=False)
+    same = torch.eye(2, 3, device=flow.device).expand(len(flow), 2, 3)
+    grid = F.affine_grid(same, (len(flow), 3, h, w), align_corners=False)
     way = torch.stack([flow[:, 0] * 2 / w, flow[:, 1] * 2 / h], -1)
     warped = F.grid_sample(before, grid - way, padding_mode="border", align_corners=False)
     return (warped - after).abs().mean((1, 2, 3)).unflatten(0, (b, t - 1)).mean(1)
