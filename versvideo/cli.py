@@ -90,8 +90,8 @@ def add_compare(commands) -> None:
     compare.add_argument("--real", default="", help="folder of the real videos")
     compare.add_argument("--clips", default="", help="folder of the generated videos, where neither is one")
     compare.add_argument("--judge", default="shapes", metavar="NAME=FILE", help="the network (default: shapes)")
-    compare.add_argument("--n", type=int, default=0, help="clips of each set (default: all)")
-    compare.add_argument("--geometry", default="", help='size of the frames (default: "224 squashed")')
+    compare.add_argument("--n", type=int, default=0, help="clips of each set, for both (default: as each has it)")
+    compare.add_argument("--geometry", default="", help='size of the frames, for both, such as "224 squashed"')
     compare.add_argument("-o", "--out", help="JPEG file of a diagram")
 
 # %% ../nbs/cli.ipynb #cli-11
@@ -210,6 +210,8 @@ def run(args: argparse.Namespace) -> None:
 # %% ../nbs/cli.ipynb #cli-33
 def compare(args: argparse.Namespace) -> None:
     "The causes of a difference, as a table, a sentence and, with --out, a diagram."
+    if args.out and (not args.real or Path(args.out).suffix not in (".jpg", ".jpeg")):
+        raise ValueError(f"out={args.out!r}: give --real, without which there is no diagram, and a name with .jpg")
     say(f"versvideo {__version__}: comparing {args.first} and {args.second} ...")
     from versvideo.metrics import gap
     found = gap.compare(args.first, args.second, args.real, args.clips, args.judge, args.n, args.geometry)
@@ -219,7 +221,7 @@ def compare(args: argparse.Namespace) -> None:
     say(f"{found.table()}\n{found}")
     if args.out:
         from versvideo.media.diagrams import draw_waterfall
-        draw_waterfall((args.first, args.second), found.values, found.parts, args.out)
+        draw_waterfall((args.first, args.second), found.told, found.steps, args.out)
         say(args.out)
 
 # %% ../nbs/cli.ipynb #cli-34

@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
     def forward(
         self,
         x: torch.Tensor,     # `b c t h w`
-        step: torch.Tensor,  # Embedded diffusion step, `b step_dim`, or of each frame, `b t step_dim`
+        step: torch.Tensor,  # Of `embed_step`, after its SiLU: `b step_dim`, or of each frame, `b t step_dim`
     ) -> torch.Tensor:       # `b c' t h w`
         "The input plus what the two convolutions make of it."
         y = per_frame(lambda f: self.conv1(F.silu(self.norm1(f))), x)

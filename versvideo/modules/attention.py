@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .moe import ExpertFeedForward
 from .basic import GroupNorm, LayerNorm
@@ -22,9 +23,11 @@ from .basic import GroupNorm, LayerNorm
 def learns_alone(
     layer: nn.Module,
 ) -> bool:
-    "Whether this is a linear layer in training, without an adapter, a hook or weights that are frozen."
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and layer.training and layer.weight.requires_grad and not hooks
+    "Whether this is a linear layer in training, without a bias, an adapter, a hook or frozen weights."
+    hooks = (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+             or "forward" in vars(layer) or _has_any_global_hook())
+    learns = type(layer) is nn.Linear and layer.training and layer.weight.requires_grad and layer.bias is None
+    return learns and not hooks
 
 # %% ../../nbs/modules/attention.ipynb #attention-09
 def apply_linear(

@@ -87,13 +87,14 @@ def shapes_world(
     pan: bool = False,  # Whether the camera may pan over textures
 ) -> MovingShapes:
     "Moving Shapes in the shape of a size. What is named several times in a list is drawn as much more often."
-    kinds = tuple(styles.split(",")) if isinstance(styles, str) else tuple(styles)
+    names = lambda text: tuple(part.strip() for part in text.split(","))
+    kinds = names(styles) if isinstance(styles, str) else tuple(styles)
     try:
         numbers = tuple(map(int, str(objects).split(",")))
     except ValueError:
         raise ValueError(f"{objects=}: give 1 or 2, or both separated by a comma") from None
     return MovingShapes(split, seed, frames or row.frames, (row.height, row.width), numbers, kinds,
-                        tuple(textures.split(",")), pan)
+                        names(textures), pan)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-21
 def caption_ids(
