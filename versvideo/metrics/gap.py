@@ -355,8 +355,6 @@ def compare(
         raise ValueError(f"n={n}: give at least 2 clips, or 0 for all")
     asked = {name: value for name, value in dict(n=n, geometry=geometry).items() if value}
     recipes = [replace(recipe_of(name), **asked, **({"real_geometry": ""} if geometry else {})) for name in (a, b)]
-    if clips and all(r.clips for r in recipes):
-        raise ValueError(f"clips={clips!r} has no effect, as {a!r} and {b!r} are folders: leave it out")
     default = replace(DEFAULT, n=ALL)
     if not real:
         first, second = fill_in(*recipes, default)

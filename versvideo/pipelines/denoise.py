@@ -20,10 +20,10 @@ from ..models.text import encode_text, limit_tokenizer
 from .arguments import check_embeds, check_parts, check_prompts, check_unused, warn_about_words
 from .control import ControlPlan, HeldFrames
 from .guidance import Passes, Style, guide, plan_passes
-from .memory import pixels_per_latent
+from .memory import check_memory, pixels_per_latent, warn_beyond_training
 from .saved import SavedPipeline
 from .schedulers import check_scheduler, velocity_level
-from .windows import PromptTrack, cut_control, fuse_windows
+from .windows import PromptTrack, check_track, cut_control, fuse_windows
 
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-06
 class VideoComponents(SavedPipeline):
@@ -72,6 +72,17 @@ class VideoComponents(SavedPipeline):
         t, h, w = self.unet.config.sample_size
         return t, h * self.vae_scale_factor, w * self.vae_scale_factor
 
+    def check_size(
+        self,
+        shape: tuple,       # Of the latents, `b c t h w`
+        window: int,        # Frames that are denoised at once
+        chunk: int | None,  # Frames that are decoded at once
+    ) -> None:
+        "MemoryError for a size that does not fit, and a warning for one far from that of training."
+        edge, passes = self.vae_scale_factor, 1 + self.do_classifier_free_guidance
+        check_memory(self.unet, self.vae, shape, passes, chunk, self._execution_device, window)
+        warn_beyond_training((window, shape[3] * edge, shape[4] * edge), self.trained_size, self._warned)
+
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-11
 class PromptEncoding(VideoComponents):
     "Prompts and style pictures as tokens that the denoiser reads, a row for each video."
@@ -109,6 +120,19 @@ class PromptEncoding(VideoComponents):
         return tuple(None if embeds is None else embeds.to(self._execution_device, dtype)
                      .repeat_interleave(num_videos_per_prompt, dim=0)
                      for embeds in (prompt_embeds, negative_prompt_embeds))
+
+    def encode_track(
+        self,
+        prompt: str | list[str] | dict[int, str] | None,  # A dict has prompts from these frames on
+        frames: int,                       # Of the clip
+        clip_skip: int | None = None,      # As of `encode_prompt`
+    ) -> tuple:                            # `PromptTrack`, and the first prompt; None and `prompt` where it is no dict
+        "Prompts that change along time; ValueError for frames that do not ascend from 0."
+        if not isinstance(prompt, dict):
+            return None, prompt
+        check_track(prompt, frames)
+        texts, _ = self.encode_prompt(list(prompt.values()), clip_skip=clip_skip, do_classifier_free_guidance=False)
+        return PromptTrack(list(prompt), texts), prompt[0]
 
     def encode_style(
         self,

@@ -99,4 +99,4 @@ def warn_beyond_training(
     for kind, message in messages.items():
         if message and kind not in warned:
             warned.add(kind)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)

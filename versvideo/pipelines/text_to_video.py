@@ -19,10 +19,9 @@ from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
 from .guidance import Style
 from .lora import LoraMixin
-from .memory import check_memory, warn_beyond_training
 from .output import VersVideoPipelineOutput, output_converter
 from .schedulers import check_scheduler, set_timesteps, step_arguments
-from .windows import PromptTrack, check_track, plan_windows, repeat_noise
+from .windows import plan_windows, repeat_noise
 
 # %% ../../nbs/pipelines/text_to_video.ipynb #text_to_video-06
 class VersVideoPipeline(LoraMixin, VideoDenoiser):
@@ -81,23 +80,14 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         generator, convert = as_generators(generator), output_converter(output_type)
         names = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
-        if prompt is None and prompt_embeds is None and (controlled or styled):
-            prompt = ""
-        windows, track = plan_windows(size[0], window_frames, window_overlap), None
-        if isinstance(prompt, dict):
-            check_track(prompt, size[0])
-            texts = self.encode_prompt(list(prompt.values()), clip_skip=clip_skip, do_classifier_free_guidance=False)
-            track, prompt = PromptTrack(list(prompt), texts[0]), prompt[0]
+        prompt = "" if prompt is None and prompt_embeds is None and (controlled or styled) else prompt
+        windows = plan_windows(size[0], window_frames, window_overlap)
+        track, prompt = self.encode_track(prompt, size[0], clip_skip)
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, prompt_embeds,
                                                 negative_prompt_embeds, controlled or styled, clip_skip)
         device, shape = self._execution_device, (len(positive), self.unet.config.in_channels, *size)
-        passes, seen = 1 + self.do_classifier_free_guidance, len(windows[0])
-        check_memory(self.unet, self.vae, shape, passes, decode_chunk_size, device, seen)
-        _, h, w = size
-        edge = self.vae_scale_factor
-        warn_beyond_training((seen, h * edge, w * edge), self.trained_size, self._warned)
-        if image is not None:
-            conditions["image"] = first_frame(image, size, self.vae_scale_factor)
+        self.check_size(shape, len(windows[0]), decode_chunk_size)
+        conditions |= {} if image is None else {"image": first_frame(image, size, self.vae_scale_factor)}
         plan = plan_control(self.controlnet, conditions, condition_scales, control_start, control_end, shape,
                             device) if conditions else None
         style = Style(self.encode_style(style_image, len(positive)), style_scale, style_guidance) if styled else None
@@ -121,8 +111,7 @@ VersVideoPipeline.__call__.__doc__ = """Generate videos from text, conditions an
 Parameters
 ----------
 prompt : str or list of str or dict
-    What to show; one text, or one for each video. May be left out with `conditions`, `image` or `style_image`. A dict
-    has prompts of one video that hold from frames on: {0: "a red circle", 32: "a blue star"}.
+    What to show; one for all videos or one for each, or {0: "a red circle", 32: "a blue star"}, from these frames on.
 negative_prompt : str or list of str
     What not to show (needs guidance); one for all prompts or one for each. Default: the empty text.
 num_frames, height, width : int
@@ -177,8 +166,7 @@ timesteps, sigmas : list
 clip_skip : int
     Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
 window_frames, window_overlap : int
-    A clip of more frames than `window_frames` is denoised in windows, which share `window_overlap` frames with the next
-    one, by default half of them; memory is that of one window. Default: all frames at once.
+    A longer clip is denoised in windows of `window_frames`, which share `window_overlap` frames. Default: all at once.
 
 Returns
 -------
