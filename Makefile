@@ -124,7 +124,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
-	$(RUN) nbs/45_court.ipynb --out results/45_court-XS.ipynb n=256 sizes=32,64,128 doses=0.1,0.3,1 faults= repeats=12 paired=64 \
+	$(RUN) nbs/45_court.ipynb --out results/45_court-XS.ipynb n=256 sizes=16,32,64 doses=0.3,1 faults= repeats=12 paired=32 \
 	    out=results/45_court-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/55_ablation_start.ipynb --out results/55_ablation_start-XS.ipynb size=XS seeds=3 at_once=2 \
 	    runs=results/50_ablation_unet-XS/trainings out=results/55_ablation_start-XS
