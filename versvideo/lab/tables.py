@@ -149,6 +149,7 @@ VARIANTS = {  # Name of a variant in 50 to 52: how a table shows it
     "without channel": "without channel excitation",
     "without motion": "without motion excitation",
     "beta 0": "β = 0",
+    "beta 0.01": "β = 0.01",
     "beta 0.1": "β = 0.1",
 }
 
