@@ -32,7 +32,7 @@ def test_compare_names_the_cause_of_a_difference(tmp_path):
     form = ("--geometry", "32 as rendered", "-o", "gap.jpg")
     done = versvideo("compare", "a", "b", "--real", "real", *form, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "come from clips (a and b)" in done.stdout and (tmp_path / "gap.jpg").exists()
+    assert "comes from clips (a and b)" in done.stdout and (tmp_path / "gap.jpg").exists()
     listed = versvideo("compare", "stylegan-v", "videogpt", cwd=tmp_path)
     assert "224 centre crop" in listed.stdout
     assert "did you mean 'latte'" in versvideo("compare", "latte", "lattee", cwd=tmp_path).stderr

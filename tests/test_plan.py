@@ -73,7 +73,8 @@ def test_activations_are_counted_for_a_clip_and_for_what_checkpointing_leaves():
     assert training_bytes(SIZES["smoke"], "no")["a clip"] == whole
     assert training_bytes(SIZES["smoke"], "bf16")["a clip, checkpointed"] < checkpointed
     long = replace(SIZES["smoke"], frames=8)
-    assert activation_bytes(long)[0] == pytest.approx(2 * whole, rel=0.05)   # no n×n matrices
+    # no n×n matrices; the joined weights of the attention do not grow
+    assert activation_bytes(long)[0] == pytest.approx(2 * whole, rel=0.1)
 
 
 def test_batch_that_fits():

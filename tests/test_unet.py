@@ -192,11 +192,13 @@ def test_timesteps():
     unet, (x, text) = build(), inputs()
     want = run(unet)
     for step in (torch.tensor(400), torch.tensor([400]), torch.tensor([400, 400]), 400.):
-        assert torch.equal(unet(x, step, text).sample, want)
+        assert torch.equal(run(unet, step=step), want)
     mixed = unet(x, torch.tensor([400, 7]), text).sample
     assert (mixed[0] - want[0]).abs().max() < 1e-4
     assert (mixed[1] - run(unet, step=7)[1]).abs().max() < 1e-4
     assert (mixed[1] - want[1]).abs().max() > 1e-3
+    each_frame = torch.tensor([[400] * 3, [7, 400, 7]])
+    assert (unet(x, each_frame, text).sample[0] - want[0]).abs().max() < 1e-4
 
 
 def test_tuple_output():
@@ -221,7 +223,7 @@ def test_wrong_texts_are_named(shape):
 
 def test_wrong_timesteps_are_named():
     x, text = inputs()
-    with pytest.raises(ValueError, match="timestep has 3 entries for 2 clips"):
+    with pytest.raises(ValueError, match=r"timestep has shape \(3,\) for 2 clips of 3 frames"):
         build()(x, torch.tensor([1, 2, 3]), text)
 
 
