@@ -52,7 +52,7 @@ class Recipe:
 # %% ../../nbs/metrics/gap.ipynb #gap-07
 DEFAULT = Recipe("clips", 2048, "random", "first", 16, 1, "224 squashed", values="[0, 1]", covariance="n - 1", seed=0)
 
-# What repositories do, by their code; n and real set are those of their usual command
+# What repositories do, by their code; what the user decides there is empty
 REPOSITORIES = {
     "stylegan-v": Recipe(n=2048, choice="first", start="random", geometry="224 squashed", covariance="n"),
     "latte": Recipe(n=2048, choice="random", start="random", geometry="224 squashed", covariance="n"),

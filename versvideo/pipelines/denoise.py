@@ -23,7 +23,7 @@ from .guidance import Passes, Style, guide, plan_passes
 from .memory import check_memory, pixels_per_latent, warn_beyond_training
 from .saved import SavedPipeline
 from .schedulers import check_scheduler, velocity_level
-from .windows import PromptTrack, check_track, cut_control, fuse_windows
+from .windows import PromptTrack, check_track, cut_control, fuse_windows, plan_windows
 
 # %% ../../nbs/pipelines/denoise.ipynb #denoise-06
 class VideoComponents(SavedPipeline):
@@ -125,14 +125,17 @@ class PromptEncoding(VideoComponents):
         self,
         prompt: str | list[str] | dict[int, str] | None,  # A dict has prompts from these frames on
         frames: int,                       # Of the clip
+        length: int | None = None,         # Of a window, as of `plan_windows`
+        overlap: int | None = None,        # Of windows, likewise
         clip_skip: int | None = None,      # As of `encode_prompt`
-    ) -> tuple:                            # `PromptTrack`, and the first prompt; None and `prompt` where it is no dict
-        "Prompts that change along time; ValueError for frames that do not ascend from 0."
+    ) -> tuple:                            # Windows; `PromptTrack` or None; the prompt, of a dict the first one
+        "The windows of a clip and its prompts along time; ValueError for such as do not fit."
+        windows = plan_windows(frames, length, overlap)
         if not isinstance(prompt, dict):
-            return None, prompt
-        check_track(prompt, frames)
+            return windows, None, prompt
+        check_track(prompt, windows)
         texts, _ = self.encode_prompt(list(prompt.values()), clip_skip=clip_skip, do_classifier_free_guidance=False)
-        return PromptTrack(list(prompt), texts), prompt[0]
+        return windows, PromptTrack(list(prompt), texts), prompt[0]
 
     def encode_style(
         self,

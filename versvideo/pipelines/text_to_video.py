@@ -21,7 +21,7 @@ from .guidance import Style
 from .lora import LoraMixin
 from .output import VersVideoPipelineOutput, output_converter
 from .schedulers import check_scheduler, set_timesteps, step_arguments
-from .windows import plan_windows, repeat_noise
+from .windows import repeat_noise
 
 # %% ../../nbs/pipelines/text_to_video.ipynb #text_to_video-06
 class VersVideoPipeline(LoraMixin, VideoDenoiser):
@@ -81,8 +81,7 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         names = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
         prompt = "" if prompt is None and prompt_embeds is None and (controlled or styled) else prompt
-        windows = plan_windows(size[0], window_frames, window_overlap)
-        track, prompt = self.encode_track(prompt, size[0], clip_skip)
+        windows, track, prompt = self.encode_track(prompt, size[0], window_frames, window_overlap, clip_skip)
         positive, negative = self.encode_prompt(prompt, negative_prompt, num_videos_per_prompt, prompt_embeds,
                                                 negative_prompt_embeds, controlled or styled, clip_skip)
         device, shape = self._execution_device, (len(positive), self.unet.config.in_channels, *size)
@@ -111,7 +110,7 @@ VersVideoPipeline.__call__.__doc__ = """Generate videos from text, conditions an
 Parameters
 ----------
 prompt : str or list of str or dict
-    What to show; one for all videos or one for each, or {0: "a red circle", 32: "a blue star"}, from these frames on.
+    What to show; one for all or for each, or with `window_frames` from frames on, {0: "a circle", 32: "a blue star"}.
 negative_prompt : str or list of str
     What not to show (needs guidance); one for all prompts or one for each. Default: the empty text.
 num_frames, height, width : int

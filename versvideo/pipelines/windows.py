@@ -106,11 +106,14 @@ class PromptTrack:
 
 def check_track(
     prompts: dict,  # First frame to prompt
-    frames: int,    # Of the clip
+    windows: list,  # Of `plan_windows`
 ) -> None:
-    "ValueError for frames that do not ascend from 0 to the end of the clip."
-    given = list(prompts)
+    "ValueError for frames that do not ascend from 0 to the end of the clip, and for several prompts in one window."
+    given, frames = list(prompts), windows[-1].stop
     whole = all(isinstance(f, int) and 0 <= f < frames for f in given)
     if not given or not whole or given[0] != 0 or given != sorted(given):
         raise ValueError(f"prompt names the frames {given} of {frames}: give whole numbers that ascend from 0, such as "
                          f"{{0: \"…\", {frames // 2}: \"…\"}}")
+    if len(given) > 1 and len(windows) == 1:
+        raise ValueError(f"prompt changes at the frames {given[1:]}, and all {frames} are denoised at once: give "
+                         "window_frames=, for example as many as the model was trained on")
