@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.checks import pick
 from .layers import LayeredModel, check_inputs, per_frame, skip_channels, token_bias
-from .pretrained import load_translated
+from .pretrained import continue_gates, load_translated
 from .saving import change_config
 from .unet import VersVideoUNet
 
@@ -204,6 +204,7 @@ class BuiltFromUNet:
             raise ValueError(f"the trained ControlNet has {', '.join(extra)}, which this one lacks: "
                              f"name all of its conditions, {', '.join(trained.config.conditions)}")
         load_translated(self, trained.state_dict(), {})
+        continue_gates(self, trained)
         return self
 
 # %% ../../nbs/models/controlnet.ipynb #controlnet-35

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'MUST_AGREE', 'check_family', 'video_config',
            'translate', 'Report', 'fit_weight', 'load_translated', 'pretrained', 'own_config', 'check_predicts_noise',
-           'load_image_unet', 'adapter_config', 'load_motion_adapter', 'source_config', 'load_video_unet', 'source_of',
-           'load_init', 'is_selected']
+           'load_image_unet', 'adapter_config', 'load_motion_adapter', 'source_config', 'continue_gates',
+           'load_video_unet', 'source_of', 'load_init', 'is_selected']
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-03
 import inspect
@@ -22,6 +22,7 @@ from ..core.files import WEIGHTS
 from .selection import select_weights
 from .sizes import SD15, SD21, SIZES, WIDE
 from .unet import VersVideoUNet
+from ..modules.mec import MultiExcitationConv
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-06
 DESCRIBED = {
@@ -308,7 +309,17 @@ def source_config(
     except OSError:
         return {}
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-64
+# %% ../../nbs/models/pretrained.ipynb #pretrained-65
+def continue_gates(
+    model: nn.Module,    # Has the weights of `trained`; changed in place
+    trained: nn.Module,
+) -> None:
+    "Bring the gates of loaded weights to the form of this model; ValueError where that is not the centred one."
+    mecs = ([m for m in net.modules() if isinstance(m, MultiExcitationConv)] for net in (model, trained))
+    for mine, theirs in zip(*mecs, strict=True):
+        mine.continue_from(theirs.start)
+
+# %% ../../nbs/models/pretrained.ipynb #pretrained-66
 MUST_AGREE = (
     "in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels",
     "temporal_attentions", "head_dim", "cross_attention_dim",
@@ -331,9 +342,11 @@ def load_video_unet(
         if as_list(video.config[name]) != as_list(unet.config[name]):
             raise ValueError(f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: "
                              "choose the size that it was trained at")
-    return load_translated(unet, video.state_dict(), {})
+    report = load_translated(unet, video.state_dict(), {})
+    continue_gates(unet, video)
+    return report
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-67
+# %% ../../nbs/models/pretrained.ipynb #pretrained-69
 def source_of(
     name: str,  # A name in `HUB`, a size that comes with weights, or anything else
 ) -> str:       # Folder or hub id; other names as they are
@@ -341,7 +354,7 @@ def source_of(
     stored = WEIGHTS / name
     return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-68
+# %% ../../nbs/models/pretrained.ipynb #pretrained-70
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size
@@ -352,7 +365,7 @@ def load_init(
     reports = {image: (load_video_unet if is_video else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-72
+# %% ../../nbs/models/pretrained.ipynb #pretrained-74
 def is_selected(
     widths: tuple,  # Channels of each level of the video UNet
     init: str,      # As of `load_init`; empty: nothing is loaded

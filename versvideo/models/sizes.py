@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'EMBEDDED', 'ANIMATED', 'WIDE', 'HEADS', 'SIZES', 'PARTS', 'Size', 'tower', 'count_parameters',
-           'leave_out']
+           'leave_out', 'start_branches']
 
 # %% ../../nbs/models/sizes.ipynb #sizes-03
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 
 from ..core.checks import pick
 from .unet import VersVideoUNet
-from ..modules.mec import EXCITATIONS
+from ..modules.mec import EXCITATIONS, STARTS
 
 # %% ../../nbs/models/sizes.ipynb #sizes-05
 @dataclass(frozen=True)
@@ -81,3 +81,17 @@ def leave_out(
     kept = [name for name in EXCITATIONS if name not in names and "mec" not in names]
     mec = dict(mec=(unet.get("mec") or {}) | dict(excitations=tuple(kept))) if len(kept) < len(EXCITATIONS) else {}
     return unet | mec | (dict(experts=(1, 1)) if "moe" in names else {})
+
+# %% ../../nbs/models/sizes.ipynb #sizes-19
+def start_branches(
+    unet: dict,  # Arguments of VersVideoUNet
+    start: str,  # Of `STARTS`, with +images where images go through the branches too; empty: as they are
+) -> dict:       # The arguments with this form of the gate
+    "The config of a UNet whose excited branches start in some form; ValueError for an unknown one."
+    form, *images = start.split("+")
+    if not start:
+        return unet
+    pick(dict.fromkeys(STARTS), form, "start")
+    if images not in ([], ["images"]):
+        raise ValueError(f"{start=}: give one of {', '.join(STARTS)}, with +images where images go through the branches")
+    return unet | dict(mec=(unet.get("mec") or {}) | dict(start=form, images=bool(images)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXCITATIONS', 'STARTS', 'temporal_shift', 'SpatialTemporalExcitation', 'ChannelExcitation', 'tap_means',
-           'MotionExcitation', 'make_excitation', 'gate', 'MultiExcitationConv']
+           'MotionExcitation', 'start_at_half', 'make_excitation', 'gate', 'MultiExcitationConv']
 
 # %% ../../nbs/modules/mec.ipynb #mec-03
 import math
@@ -133,6 +133,16 @@ EXCITATIONS = ("spatial_temporal", "channel", "motion")  # Equations (3), (4) an
 STARTS = ("paper", "scaled", "centred")                  # Forms of the gate
 
 # %% ../../nbs/modules/mec.ipynb #mec-49
+@torch.no_grad()
+def start_at_half(
+    excitation: nn.Module,  # Changed in place
+) -> None:
+    "Set the last layer of an excitation to zero, and so its mask to 1/2."
+    last = excitation.conv if isinstance(excitation, SpatialTemporalExcitation) else excitation.extend
+    for parameter in last.parameters():
+        parameter.zero_()
+
+# %% ../../nbs/modules/mec.ipynb #mec-50
 def make_excitation(
     name: str,       # One of `EXCITATIONS`
     channels: int,   # c
@@ -141,17 +151,15 @@ def make_excitation(
     from_half: bool = False,  # Its last layer starts at zero, and so the mask at 1/2
 ) -> nn.Module:      # Features `b c t h w` to a mask
     "An excitation by its name; ValueError for an unknown name."
-    parts = {"spatial_temporal": (SpatialTemporalExcitation, "conv"),
-             "channel": (partial(ChannelExcitation, channels, reduction), "extend"),
-             "motion": (partial(MotionExcitation, channels, reduction, magnitude), "extend")}
-    make, last = pick(parts, name, "excitations")
-    module = make()
+    parts = {"spatial_temporal": SpatialTemporalExcitation,
+             "channel": partial(ChannelExcitation, channels, reduction),
+             "motion": partial(MotionExcitation, channels, reduction, magnitude)}
+    module = pick(parts, name, "excitations")()
     if from_half:
-        for parameter in module.get_submodule(last).parameters():
-            nn.init.zeros_(parameter)
+        start_at_half(module)
     return module
 
-# %% ../../nbs/modules/mec.ipynb #mec-51
+# %% ../../nbs/modules/mec.ipynb #mec-52
 def gate(
     masks: dict,   # Name of an excitation to its mask, at least one
     start: str,    # One of `STARTS`
@@ -168,7 +176,7 @@ def gate(
         return total
     return torch.addcmul(total, scale, over_space) if start == "scaled" else total + over_space
 
-# %% ../../nbs/modules/mec.ipynb #mec-57
+# %% ../../nbs/modules/mec.ipynb #mec-55
 class MultiExcitationConv(nn.Module):
     """MEC: factorized 2D+1D convolution plus the three excited branches (paper 2.2, Figure 1).
 
@@ -211,6 +219,27 @@ class MultiExcitationConv(nn.Module):
             self.scale = nn.Parameter(torch.zeros(channels, 1, 1, 1))   # a of the centred form
         nn.init.dirac_(self.temporal.weight)
         nn.init.zeros_(self.temporal.bias)
+
+    @torch.no_grad()
+    def continue_from(
+        self,
+        start: str,  # Form of the gate that the loaded weights were trained with
+    ) -> None:
+        """Bring loaded weights to the centred form; ValueError for any other change of form.
+
+        From the paper's form nothing changes. The masks of the scaled form go back to 1/2, where they can learn.
+        """
+        if start == self.start or not self.excitations:
+            return
+        if self.start != "centred":
+            raise ValueError(f"start={self.start!r}: weights of start={start!r} go on with the same start or 'centred'")
+        sum_at_half = 1.5 * len(self.excitations)
+        if start == "paper":
+            self.scale.fill_(sum_at_half)
+            return
+        self.scale.mul_(sum_at_half)
+        for name in self.excitations:
+            start_at_half(getattr(self, name))
 
     def factorized(
         self,

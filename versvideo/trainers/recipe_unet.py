@@ -18,7 +18,7 @@ from ..core.checks import pick
 from ..data.batches import LatentBatches
 from ..models.contracts import Denoiser
 from ..models.pretrained import is_selected, load_init, source_config, source_of
-from ..models.sizes import SIZES, Size, leave_out
+from ..models.sizes import SIZES, Size, leave_out, start_branches
 from ..models.tokenizer import known_words
 from ..models.unet import VersVideoUNet
 from ..modules.moe import expert_spread
@@ -70,6 +70,7 @@ def resolve_unet(
     init: str = "",  # What the weights start from; empty: random weights
     pretrained_share: float = -1,  # Of the learning rate, for what `init` loads; -1: 0.1, or 1 where it is selected
     without: str = "",  # Parts left out, as of `leave_out`
+    start: str = "",  # Of the excited branches, as of `start_branches`
     clips: int = 0,  # Clips in the training set, as of `clips_for`
     lora_rank: int = 0,  # Of LoRA layers that are trained in place of the weights; 0: none
     **changes,  # Of `change_settings`
@@ -78,7 +79,8 @@ def resolve_unet(
     cfg, plan = pick(UNET_RUNS, size, "size")
     if image_steps < -1 or not 0 <= style_dropout <= 1:
         raise ValueError(f"{image_steps=}, {style_dropout=}: give a number of steps, or -1, and a share from 0 to 1")
-    unet = leave_out(SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {}), without)
+    unet = SIZES[size].unet | (dict(experts=(experts, experts)) if experts else {})
+    unet = leave_out(start_branches(unet, start), without)
     whole = init and not is_selected(unet["block_out_channels"], init)
     if not isinstance(lora_rank, int) or lora_rank < 0:
         raise ValueError(f"{lora_rank=}: give a whole number from 1 on, or 0 for no LoRA")

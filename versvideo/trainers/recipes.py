@@ -29,6 +29,7 @@ from .config import FitConfig
 from .distributed import process_group, sharded_mean
 from .loading import cached_latents
 from ..world.captions import captions
+from ..world.motion import MOTIONS
 from ..world.shapes import MovingShapes, ShapesBatch
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-06
@@ -85,6 +86,7 @@ def shapes_world(
     objects: str = "1",  # Numbers of objects, separated by commas
     textures: str = "plain",  # Of the background, separated by commas
     pan: bool = False,  # Whether the camera may pan over textures
+    motions: str = "",  # Of the first object, separated by commas; empty: all
 ) -> MovingShapes:
     "Moving Shapes in the shape of a size. What is named several times in a list is drawn as much more often."
     names = lambda text: tuple(part.strip() for part in text.split(","))
@@ -94,7 +96,7 @@ def shapes_world(
     except ValueError:
         raise ValueError(f"{objects=}: give 1 or 2, or both separated by a comma") from None
     return MovingShapes(split, seed, frames or row.frames, (row.height, row.width), numbers, kinds,
-                        names(textures), pan)
+                        names(textures), pan, names(motions) if motions else MOTIONS)
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-21
 def caption_ids(

@@ -21,11 +21,13 @@ from .splits import COMBINATIONS, split_combinations
 def _choose(
     key: np.ndarray,  # `b`, uint64, one a clip
     split: str,       # Of SPLITS
-    allowed: dict,    # objects, textures, styles: arrays of what may be chosen
+    allowed: dict,    # objects, motions, textures, styles: arrays of what may be chosen
     pan: bool,        # Whether the camera may move over textures
 ) -> SimpleNamespace:  # Arrays of indices into the tables, `b`, or `b 2` for objects
-    "What each clip shows."
+    "What each clip shows; a motion that is allowed several times is chosen as much more often for the first object."
     ids, partners, counts = split_combinations(split)
+    times = np.bincount(allowed["motions"], minlength=len(MOTIONS))
+    ids = np.repeat(ids, times[np.unravel_index(ids, COMBINATIONS)[2]])
     first = ids[draw_integer(key, 0, len(ids))]
     colour, _, _, back = np.unravel_index(first, COMBINATIONS)
     second = partners[colour, back, draw_integer(key, 1, counts[colour, back])]
@@ -143,7 +145,7 @@ class ShapesBatch:
 
 # %% ../../nbs/world/shapes.ipynb #shapes-21
 def _allowed(
-    **choices: tuple,  # objects, styles, textures: what is asked for, and all that there is
+    **choices: tuple,  # objects, styles, textures, motions: what is asked for, and all that there is
 ) -> dict:             # The same names, arrays of indices
     "Indices of what may be chosen; ValueError for what does not exist."
     found = {}
@@ -168,6 +170,7 @@ class MovingShapes:
         styles: tuple = ("flat",),     # Allowed entries of STYLES
         textures: tuple = ("plain",),  # Allowed entries of TEXTURES
         pan: bool = False,             # Whether the camera may pan over textured backgrounds
+        motions: tuple = MOTIONS,      # Allowed entries of MOTIONS for the first object; more often if named more often
     ):
         split_combinations(split)  # ValueError for an unknown split
         self.split, self.seed, self.frames, self.pan = split, seed, frames, pan
@@ -175,7 +178,8 @@ class MovingShapes:
         if frames < 1 or seed < 0 or len(self.size) != 2 or min(self.size) < 16:
             raise ValueError(f"frames={frames}, seed={seed}, size={size}: pass frames from 1 on, "
                              "a seed from 0 on and a side, or (h, w), from 16 pixels on")
-        self._lists = _allowed(objects=(objects, (0, 1, 2)), styles=(styles, STYLES), textures=(textures, TEXTURES))
+        self._lists = _allowed(objects=(objects, (0, 1, 2)), styles=(styles, STYLES), textures=(textures, TEXTURES),
+                               motions=(motions, MOTIONS))
 
     @classmethod
     def full(cls, split: str = "train", seed: int = 0, frames: int = 16, size: int | tuple = 64):
