@@ -8,6 +8,7 @@ __all__ = ['MAY_CHANGE', 'FitConfig']
 # %% ../../nbs/trainers/config.ipynb #config-03
 from dataclasses import dataclass
 
+from ..core.checks import pick
 from ..core.prefetch import prefetch
 
 # %% ../../nbs/trainers/config.ipynb #config-06
@@ -17,9 +18,10 @@ class FitConfig:
 
     steps: int  # Optimiser steps
     batch_size: int  # Items in a batch, on each process
-    lr: float  # Peak learning rate of AdamW; cosine decay to zero
+    lr: float  # Peak learning rate; cosine decay to zero
     warmup: int = 50  # Steps of linear warm-up, at most a tenth of `steps`
-    weight_decay: float = 0.01  # Weight decay of AdamW
+    optimizer: str = "adamw"  # adamw, or muon: Muon for matrices, AdamW for the rest
+    weight_decay: float = 0.01  # Decoupled weight decay
     grad_clip: float = 1.0  # Largest gradient norm
     ema_decay: float | None = None  # Largest decay of the moving average of the weights; None: no moving average
     seed: int = 0  # Seeds the batches and the noise
@@ -41,6 +43,7 @@ class FitConfig:
         for name in ("steps", "batch_size", "log_every", "save_every", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        pick(dict.fromkeys(("adamw", "muon")), self.optimizer, "optimizer")
         prefetch(abs, [], self.workers)  # raises for a number of workers that cannot be used
 
 # %% ../../nbs/trainers/config.ipynb #config-10

@@ -30,6 +30,7 @@ from .checkpoints import TrainState, gather_full, learning
 from .config import FitConfig
 from .distributed import add_zero_dependency, drop_idle_gradients, fsdp_plugin
 from .log import Log
+from .muon import Muon, matrix_weights
 
 # %% ../../nbs/trainers/step.ipynb #step-06
 class Objective(nn.Module):
@@ -62,21 +63,22 @@ class Objective(nn.Module):
 # %% ../../nbs/trainers/step.ipynb #step-10
 def parameter_groups(
     model: nn.Module,
-    cfg: FitConfig,  # Its `lr` and `pretrained_share` count
+    cfg: FitConfig,  # Its `optimizer`, `lr` and `pretrained_share` count
     pretrained: Iterable = (),  # Names of parameters that come trained
-) -> list:  # Groups for AdamW
+) -> list:  # Groups for AdamW, or for Muon with `matrices`
     "New parameters at `cfg.lr` and pretrained ones at their share of it, or frozen; ValueError for an unknown name."
     names = {name for name, _ in model.named_parameters()}
     if not names >= set(pretrained):
         raise ValueError(f"pretrained={sorted(set(pretrained) - names)[:3]} are no parameters of this model")
-    groups = {1.0: [], cfg.pretrained_share: []}
+    kinds, groups = matrix_weights(model) if cfg.optimizer == "muon" else {}, {}
     for name, p in model.named_parameters():
         share = cfg.pretrained_share if name in pretrained else 1.0
         if not share:
             p.requires_grad_(False)
         if p.requires_grad:
-            groups[share].append(p)
-    return [dict(params=params, lr=cfg.lr * share) for share, params in groups.items() if params]
+            groups.setdefault((share, kinds.get(name, "")), []).append(p)
+    return [dict(params=params, lr=cfg.lr * share, matrices=kind)
+            for (share, kind), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)]
 
 # %% ../../nbs/trainers/step.ipynb #step-13
 @dataclass
@@ -86,7 +88,7 @@ class Training:
     cfg: FitConfig
     accelerator: Accelerator
     objective: nn.Module  # The `Objective`, wrapped for the processes
-    optimizer: Any  # AdamW, wrapped by accelerate
+    optimizer: Any  # AdamW or Muon, wrapped by accelerate
     schedule: Any  # Warm-up and cosine
     ema: EMAModel | None = None  # Moving average of the weights that learn
     log: Log = field(default_factory=Log)
@@ -135,14 +137,20 @@ def prepare(
     folder: Path | None = None,  # Checkpoints, and files of the trackers
     **more,  # Further fields of `Training`
 ) -> Training:
-    "Accelerator, wrapped objective, AdamW, schedule and moving average, before the first step."
+    """Accelerator, wrapped objective, optimiser, schedule and moving average, before the first step.
+
+    ValueError for Muon with sharded weights.
+    """
     trackers = [name.strip() for name in cfg.track.split(",") if name.strip()] if folder else []
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, log_with=trackers or None, project_dir=folder,
                               fsdp_plugin=fsdp_plugin())
+    if accelerator.is_fsdp2 and cfg.optimizer == "muon":
+        raise ValueError("optimizer='muon' needs whole matrices, and FSDP shards them: use DDP, or optimizer='adamw'")
     if accelerator.is_fsdp2:
         model = copy.deepcopy(model)  # sharding cannot be undone
     groups = parameter_groups(model, cfg, pretrained)
-    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
+    kind = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, weight_decay=cfg.weight_decay, fused=True)
     if cfg.compile:
         getattr(model, "compile_repeated_blocks", model.compile)()
     wrapped = accelerator.distributed_type != DistributedType.NO  # also one process alone under torchrun
@@ -232,7 +240,7 @@ def update_weights(
     losses: list,  # Of `run_batches`
     norm: torch.Tensor,  # Of the gradient
 ) -> None:
-    "AdamW, `after_step`, moving average, log; in fp16 the gradient scaler skips a step whose gradient is not finite."
+    "Optimiser, `after_step`, moving average, log; in fp16 the gradient scaler skips a step whose gradient is not finite."
     training.optimizer.step()
     if torch.isfinite(norm):
         if training.after_step:
