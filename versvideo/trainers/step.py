@@ -240,7 +240,7 @@ def update_weights(
     losses: list,  # Of `run_batches`
     norm: torch.Tensor,  # Of the gradient
 ) -> None:
-    "Optimiser, `after_step`, moving average, log; in fp16 the gradient scaler skips a step whose gradient is not finite."
+    "Optimiser, `after_step`, average, log; in fp16 the gradient scaler skips a step whose gradient is not finite."
     training.optimizer.step()
     if torch.isfinite(norm):
         if training.after_step:
