@@ -22,7 +22,7 @@ from ..core.files import WEIGHTS
 from .selection import select_weights
 from .sizes import SD15, SD21, SIZES, WIDE
 from .unet import VersVideoUNet
-from ..modules.mec import MultiExcitationConv
+from ..modules.mec import MultiExcitationConv, start_at_half
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-06
 DESCRIBED = {
@@ -310,16 +310,28 @@ def source_config(
         return {}
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-65
+@torch.no_grad()
 def continue_gates(
     model: nn.Module,    # Has the weights of `trained`; changed in place
     trained: nn.Module,
 ) -> None:
-    "Bring the gates of loaded weights to the form of this model; ValueError where that is not the centred one."
+    "Bring the gates of loaded weights to the centred form; ValueError for any other change of form."
     mecs = ([m for m in net.modules() if isinstance(m, MultiExcitationConv)] for net in (model, trained))
     for mine, theirs in zip(*mecs, strict=True):
-        mine.continue_from(theirs.start)
+        if mine.start == theirs.start or not theirs.excitations:
+            continue
+        if mine.start != "centred":
+            raise ValueError(f"start={mine.start!r}: weights of start={theirs.start!r} go on with the same start or "
+                             "'centred'")
+        at_half = 1.5 * len(mine.excitations)  # the sum of the branches where every mask is 1/2
+        if theirs.start == "paper":
+            mine.scale.fill_(at_half)
+        else:
+            mine.scale.mul_(at_half)
+            for name in mine.excitations:
+                start_at_half(getattr(mine, name))
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-66
+# %% ../../nbs/models/pretrained.ipynb #pretrained-67
 MUST_AGREE = (
     "in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels",
     "temporal_attentions", "head_dim", "cross_attention_dim",
@@ -346,7 +358,7 @@ def load_video_unet(
     continue_gates(unet, video)
     return report
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-69
+# %% ../../nbs/models/pretrained.ipynb #pretrained-70
 def source_of(
     name: str,  # A name in `HUB`, a size that comes with weights, or anything else
 ) -> str:       # Folder or hub id; other names as they are
@@ -354,7 +366,7 @@ def source_of(
     stored = WEIGHTS / name
     return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-70
+# %% ../../nbs/models/pretrained.ipynb #pretrained-71
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size
@@ -365,7 +377,7 @@ def load_init(
     reports = {image: (load_video_unet if is_video else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-74
+# %% ../../nbs/models/pretrained.ipynb #pretrained-75
 def is_selected(
     widths: tuple,  # Channels of each level of the video UNet
     init: str,      # As of `load_init`; empty: nothing is loaded

@@ -220,27 +220,6 @@ class MultiExcitationConv(nn.Module):
         nn.init.dirac_(self.temporal.weight)
         nn.init.zeros_(self.temporal.bias)
 
-    @torch.no_grad()
-    def continue_from(
-        self,
-        start: str,  # Form of the gate that the loaded weights were trained with
-    ) -> None:
-        """Bring loaded weights to the centred form; ValueError for any other change of form.
-
-        From the paper's form nothing changes. The masks of the scaled form go back to 1/2, where they can learn.
-        """
-        if start == self.start or not self.excitations:
-            return
-        if self.start != "centred":
-            raise ValueError(f"start={self.start!r}: weights of start={start!r} go on with the same start or 'centred'")
-        sum_at_half = 1.5 * len(self.excitations)
-        if start == "paper":
-            self.scale.fill_(sum_at_half)
-            return
-        self.scale.mul_(sum_at_half)
-        for name in self.excitations:
-            start_at_half(getattr(self, name))
-
     def factorized(
         self,
         x: torch.Tensor,  # `b c t h w`

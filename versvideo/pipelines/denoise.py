@@ -53,12 +53,13 @@ class VideoComponents(SavedPipeline):
         style_adapter: StyleAdapter | None = None,                 # For `style_image`, with the image encoder
         image_encoder: CLIPVisionModelWithProjection | None = None,
         words: str = "",                                           # It was trained on; empty: all of the tokenizer's
+        few_steps: int = 0,                                        # Its usual number, if it was distilled for few
     ):
         super().__init__()
         if scheduler is not None:
             check_scheduler(scheduler)
         limit_tokenizer(tokenizer, text_encoder)
-        self.register_to_config(words=words)
+        self.register_to_config(words=words, few_steps=few_steps)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
                               controlnet=controlnet, style_adapter=style_adapter, image_encoder=image_encoder)
         self.vae_scale_factor = pixels_per_latent(vae)

@@ -84,7 +84,7 @@ def set_timesteps(
     steps: int,                 # Denoising steps, at least 1
     device: torch.device,       # Where the timesteps are used
     **custom,                   # `timesteps` or `sigmas`, which then decide in place of `steps`; None: not given
-) -> None:
+) -> int:                       # Number of steps that the scheduler takes
     "Choose the diffusion steps to visit; ValueError for such as the scheduler cannot take."
     kind, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
     given = {name: value for name, value in custom.items() if value is not None} or dict(num_inference_steps=steps)
@@ -106,6 +106,7 @@ def set_timesteps(
         most = scheduler.config.get("original_inference_steps") if kind in DISTILLED else None
         remedy = f"at most {most}" if most else f"another number, well below {trained}"
         raise ValueError(f"{name}={value} does not suit {kind} ({error}): give {remedy}")
+    return len(scheduler.timesteps)
 
 # %% ../../nbs/pipelines/schedulers.ipynb #schedulers-20
 def velocity_level(

@@ -13,7 +13,7 @@ import torch
 from ..models.latents import decode_latents
 from versvideo.pipelines.arguments import (
     as_generators, callback_inputs, check_conditions, check_parts, check_settings, check_unused, first_frame,
-    latent_size, size_of_conditions, start_latents,
+    latent_size, size_of_conditions, start_latents, usual_sampling,
 )
 from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
@@ -35,8 +35,8 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
@@ -72,7 +72,8 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         check_unused(not controlled, "conditions", condition_scales=(condition_scales, 1.0),
                      control_start=(control_start, 0.0), control_end=(control_end, 1.0))
         check_unused(not styled, "style_image", style_scale=(style_scale, 1.0), style_guidance=(style_guidance, None))
-        check_settings(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt, eta=eta,
+        steps, guidance_scale = usual_sampling(self.config.few_steps, num_inference_steps, guidance_scale)
+        check_settings(num_inference_steps=steps, num_videos_per_prompt=num_videos_per_prompt, eta=eta,
                        decode_chunk_size=decode_chunk_size, guidance_scale=guidance_scale,
                        guidance_rescale=guidance_rescale, style_scale=style_scale, style_guidance=style_guidance)
         size = latent_size(*size_of_conditions(conditions, num_frames, height, width), self.unet.config.sample_size,
@@ -92,14 +93,12 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         style = Style(self.encode_style(style_image, len(positive)), style_scale, style_guidance) if styled else None
         noise = start_latents(shape, generator, latents, device)
         latents = repeat_noise(noise, windows) if latents is None else noise
-        set_timesteps(self.scheduler, num_inference_steps, device, timesteps=timesteps, sigmas=sigmas)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        self._num_timesteps = set_timesteps(self.scheduler, steps, device, timesteps=timesteps, sigmas=sigmas)
         warn_if_idle(plan, self._num_timesteps)
-        held = hold_frames(self.vae, plan, latents) if holds else None
-        latents = self.denoise(latents * self.scheduler.init_noise_sigma,
-                               dict(prompt_embeds=positive, negative_prompt_embeds=negative),
-                               step_arguments(self.scheduler, eta=eta, generator=generator),
-                               plan, style, held, callback_on_step_end, names, windows, track)
+        latents = self.denoise(
+            latents * self.scheduler.init_noise_sigma, dict(prompt_embeds=positive, negative_prompt_embeds=negative),
+            step_arguments(self.scheduler, eta=eta, generator=generator), plan, style,
+            hold_frames(self.vae, plan, latents) if holds else None, callback_on_step_end, names, windows, track)
         videos = latents if output_type == "latent" else convert(decode_latents(self.vae, latents, decode_chunk_size))
         self.maybe_free_model_hooks()
         return VersVideoPipelineOutput(videos, output_type) if return_dict else (videos,)
@@ -116,9 +115,10 @@ negative_prompt : str or list of str
 num_frames, height, width : int
     Frames and pixels; height and width are multiples of 8. Default: the size of the conditions, else as trained.
 num_inference_steps : int
-    Denoising steps, from 1 to well below the 1000 of training. Default 25.
+    Denoising steps, from 1 to well below the 1000 of training. Default 25, or the few of a distilled model.
 guidance_scale : float
-    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4.
+    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4,
+    or 1 for a distilled model, which takes no other.
 guidance_rescale : float
     Rescaling of guided noise to the standard deviation of unguided noise, 0 (off) to 1 (full). Default 0.
 num_videos_per_prompt : int

@@ -264,7 +264,7 @@ def draw_samples(
     pipe,  # A pipeline
     prompts: list,
     seed: int = 0,  # Of the noise
-    steps: int = 25,  # Sampling steps
+    steps: int | None = 25,  # Sampling steps; None: the pipeline's usual number
     **given,  # Further arguments of the pipeline
 ) -> torch.Tensor:  # `b 3 t h w` in [0, 1]
     "Clips of some prompts, without a progress bar; the same seed gives the same noise."
