@@ -95,10 +95,11 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         latents = repeat_noise(noise, windows) if latents is None else noise
         self._num_timesteps = set_timesteps(self.scheduler, steps, device, timesteps=timesteps, sigmas=sigmas)
         warn_if_idle(plan, self._num_timesteps)
-        latents = self.denoise(
-            latents * self.scheduler.init_noise_sigma, dict(prompt_embeds=positive, negative_prompt_embeds=negative),
-            step_arguments(self.scheduler, eta=eta, generator=generator), plan, style,
-            hold_frames(self.vae, plan, latents) if holds else None, callback_on_step_end, names, windows, track)
+        held = hold_frames(self.vae, plan, latents) if holds else None
+        latents = self.denoise(latents * self.scheduler.init_noise_sigma,
+                               dict(prompt_embeds=positive, negative_prompt_embeds=negative),
+                               step_arguments(self.scheduler, eta=eta, generator=generator),
+                               plan, style, held, callback_on_step_end, names, windows, track)
         videos = latents if output_type == "latent" else convert(decode_latents(self.vae, latents, decode_chunk_size))
         self.maybe_free_model_hooks()
         return VersVideoPipelineOutput(videos, output_type) if return_dict else (videos,)
@@ -117,8 +118,7 @@ num_frames, height, width : int
 num_inference_steps : int
     Denoising steps, from 1 to well below the 1000 of training. Default 25, or the few of a distilled model.
 guidance_scale : float
-    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4,
-    or 1 for a distilled model, which takes no other.
+    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, steps cost twice. Default 4; distilled, 1.
 guidance_rescale : float
     Rescaling of guided noise to the standard deviation of unguided noise, 0 (off) to 1 (full). Default 0.
 num_videos_per_prompt : int
