@@ -25,7 +25,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", help="file of the result: .mp4, .gif or .webp")
     parser.add_argument("--model", default="XS", help="a size with weights, a folder or a hub id (default: XS)")
     parser.add_argument("--negative", default="", help="what the video should not show")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 25, or as the model was distilled)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: 4, edit: 2)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another video (default: 0)")
     parser.add_argument("--style", help="a picture whose drawing style is wanted")
@@ -142,14 +142,17 @@ def pixel_scale(height: int, width: int) -> int:
 # %% ../nbs/cli.ipynb #cli-23
 def sampling(
     args: argparse.Namespace,
-    guidance: float,  # Guidance scale where none is given
-) -> dict:            # Arguments of the pipeline
+    guidance: float,     # Guidance scale where none is given
+    few_steps: int = 0,  # Of a distilled model, which takes no guidance
+) -> dict:               # Arguments of the pipeline
     "What generating and editing ask of the pipeline alike."
-    asked = dict(negative_prompt=args.negative, num_inference_steps=args.steps,
-                 guidance_scale=guidance if args.guidance is None else args.guidance)
+    asked = dict(negative_prompt=args.negative, num_inference_steps=args.steps, guidance_scale=args.guidance)
+    if args.guidance is None and not few_steps:
+        asked["guidance_scale"] = guidance
     if args.style:
         from versvideo.media.video import read_picture
-        asked |= dict(style_image=read_picture(args.style), style_guidance=6.0, guidance_rescale=0.7)
+        asked |= dict(style_image=read_picture(args.style))
+        asked |= {} if few_steps else dict(style_guidance=6.0, guidance_rescale=0.7)
     return asked
 
 # %% ../nbs/cli.ipynb #cli-25
@@ -165,7 +168,8 @@ def generate(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model)
     image = dict(image=read_picture(args.image)) if args.image else {}
     videos = pipe(args.prompt, num_frames=args.frames, height=args.height, width=args.width,
-                  generator=torch.Generator().manual_seed(args.seed), **image, **sampling(args, 4.0)).videos
+                  generator=torch.Generator().manual_seed(args.seed), **image,
+                  **sampling(args, 4.0, pipe.config.few_steps)).videos
     say(str(write_video(videos[0], path, fps=args.fps, scale=pixel_scale(*videos.shape[-2:]))))
 
 # %% ../nbs/cli.ipynb #cli-29
@@ -182,9 +186,10 @@ def edit(args: argparse.Namespace) -> None:
     from versvideo.pipelines.edit import check_edit, edit_clip
     from versvideo.pipelines.loading import load_pipeline
     given = (args.frames, args.height, args.width)
-    asked = dict(conditions=args.conditions, options=parse_models(args.condition_models), **sampling(args, 2.0))
-    check_edit(args.model, args.prompt, given, **asked)
+    asked = dict(conditions=args.conditions, options=parse_models(args.condition_models))
+    check_edit(args.model, args.prompt, given, **asked, **sampling(args, 2.0))
     pipe = load_pipeline(args.model)
+    asked |= sampling(args, 2.0, pipe.config.few_steps)
     size = tuple(n or own for n, own in zip(given, pipe.trained_size, strict=True))
     clip = read_clip(args.video, size, fps=args.fps)[None]
     say(f"extracting {args.conditions} from {args.video}, then generating ...")

@@ -46,7 +46,7 @@ class Variant:
     beta: float = 0.001  # How far experts move towards each other after a step, equation (7)
     mec: dict = field(default_factory=dict)  # Arguments of every `MultiExcitationConv`
     gate_lr: float = 1.0  # Factor on the learning rate of the masks and the scale
-    lr: float = 1.0       # Factor on the learning rate of all weights
+    lr_factor: float = 1.0  # On the learning rate of all weights
     optimizer: str = "adamw"  # adamw | muon
 
 # %% ../../nbs/lab/ablation.ipynb #ablation-07
@@ -260,13 +260,14 @@ def train_unet(
 ) -> tuple:         # Trained UNet with merged experts, and its `Log`
     "Train a variant; ten times on the way, the curve has the held-out error and the spread of the experts."
     tenth = max(budget.steps // 10, 1)
-    cfg = FitConfig(budget.steps, budget.batch, budget.lr * variant.lr, warmup=100, ema_decay=0.995, seed=seed,
+    cfg = FitConfig(budget.steps, budget.batch, budget.lr * variant.lr_factor, warmup=100, ema_decay=0.995, seed=seed,
                     log_every=tenth, save_every=tenth, keep=1, pretrained_share=variant.gate_lr,
                     optimizer=variant.optimizer)
     set_seed(seed)
     unet = build_variant(variant, budget)
     gates = gate_parameters(unet) if variant.gate_lr != 1 else []   # a group with a learning rate of its own
     log = fit(cfg, unet, lambda net, batch: class_loss(net, data, **batch), make_batches(data, budget, seed), folder,
-              after_step=lambda net: net.exchange_experts(variant.beta), pretrained=gates, run=asdict(variant),
+              after_step=lambda net: net.exchange_experts(variant.beta), pretrained=gates,
+              run=dict(variant=asdict(variant)),
               validate=lambda net, rank, world: dict(loss=held_out_loss(net, data), expert_spread=expert_spread(net)))
     return unet.merge_experts() if variant.experts > 1 else unet, log

@@ -124,7 +124,7 @@ def train_on_shards(
     loss = UNetLoss(text_encoder, tokenize(tokenizer, "")[0], plan, training_scheduler())
     gates = gate_parameters(unet) if variant.gate_lr != 1 else []  # a group with a learning rate of its own
     batches, cfg = ShardBatches(shards, shards, cfg, plan), replace(
-        cfg, pretrained_share=variant.gate_lr, lr=cfg.lr * variant.lr, optimizer=variant.optimizer)
+        cfg, pretrained_share=variant.gate_lr, lr=cfg.lr * variant.lr_factor, optimizer=variant.optimizer)
     log = fit(cfg, unet, loss, batches, folder,
               after_step=lambda net: net.exchange_experts(variant.beta), pretrained=gates,
               run=dict(variant=asdict(variant), shards=shards.digest))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.checks import pick
 from .layers import LayeredModel, check_inputs, per_frame, skip_channels, token_bias
-from .pretrained import continue_gates, load_translated
+from .pretrained import changed_gates, continue_gates, load_translated
 from .saving import change_config
 from .unet import VersVideoUNet
 
@@ -203,6 +203,7 @@ class BuiltFromUNet:
         if extra:
             raise ValueError(f"the trained ControlNet has {', '.join(extra)}, which this one lacks: "
                              f"name all of its conditions, {', '.join(trained.config.conditions)}")
+        changed_gates(self, trained)  # raises before anything is loaded
         load_translated(self, trained.state_dict(), {})
         continue_gates(self, trained)
         return self

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DESCRIBED', 'HARMLESS', 'IMAGE_NAMES', 'ADAPTER_NAMES', 'HUB', 'MUST_AGREE', 'check_family', 'video_config',
            'translate', 'Report', 'fit_weight', 'load_translated', 'pretrained', 'own_config', 'check_predicts_noise',
-           'load_image_unet', 'adapter_config', 'load_motion_adapter', 'source_config', 'continue_gates',
-           'load_video_unet', 'source_of', 'load_init', 'is_selected']
+           'load_image_unet', 'adapter_config', 'load_motion_adapter', 'source_config', 'changed_gates',
+           'continue_gates', 'load_video_unet', 'source_of', 'load_init', 'is_selected']
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-03
 import inspect
@@ -310,20 +310,29 @@ def source_config(
         return {}
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-65
+def changed_gates(
+    model: nn.Module,
+    trained: nn.Module,
+) -> list:  # Pairs of `MultiExcitationConv`: of the model, of the trained one
+    "Where two models have another form of the gate; ValueError unless the new form is the centred one."
+    mecs = ([m for m in net.modules() if isinstance(m, MultiExcitationConv)] for net in (model, trained))
+    pairs = [(mine, theirs) for mine, theirs in zip(*mecs, strict=True)
+             if mine.start != theirs.start and theirs.excitations]
+    for mine, theirs in pairs:
+        if mine.start != "centred":
+            raise ValueError(f"start={mine.start!r}: weights that were trained with start={theirs.start!r} can be "
+                             f"continued with start={theirs.start!r} or start='centred'")
+    return pairs
+
+# %% ../../nbs/models/pretrained.ipynb #pretrained-66
 @torch.no_grad()
 def continue_gates(
     model: nn.Module,    # Has the weights of `trained`; changed in place
     trained: nn.Module,
 ) -> None:
-    "Bring the gates of loaded weights to the centred form; ValueError for any other change of form."
-    mecs = ([m for m in net.modules() if isinstance(m, MultiExcitationConv)] for net in (model, trained))
-    for mine, theirs in zip(*mecs, strict=True):
-        if mine.start == theirs.start or not theirs.excitations:
-            continue
-        if mine.start != "centred":
-            raise ValueError(f"start={mine.start!r}: weights of start={theirs.start!r} go on with the same start or "
-                             "'centred'")
-        at_half = 1.5 * len(mine.excitations)  # the sum of the branches where every mask is 1/2
+    "Bring the gates of loaded weights to the form of this model."
+    for mine, theirs in changed_gates(model, trained):
+        at_half = 1.5 * len(theirs.excitations)  # the sum of their branches where every mask is 1/2
         if theirs.start == "paper":
             mine.scale.fill_(at_half)
         else:
@@ -331,7 +340,7 @@ def continue_gates(
             for name in mine.excitations:
                 start_at_half(getattr(mine, name))
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-67
+# %% ../../nbs/models/pretrained.ipynb #pretrained-68
 MUST_AGREE = (
     "in_channels", "block_out_channels", "layers_per_block", "attention_levels", "temporal_levels",
     "temporal_attentions", "head_dim", "cross_attention_dim",
@@ -344,7 +353,7 @@ def load_video_unet(
 ) -> Report:
     """Load a trained video model; one expert is copied to each of several.
 
-    ValueError, with nothing changed, for other widths or a v-prediction model.
+    ValueError, with nothing changed, for other widths, another form of the gates or a v-prediction model.
     """
     if not isinstance(video, VersVideoUNet):
         check_predicts_noise(video)
@@ -354,11 +363,12 @@ def load_video_unet(
         if as_list(video.config[name]) != as_list(unet.config[name]):
             raise ValueError(f"the trained video UNet has {name}={video.config[name]}, this one {unet.config[name]}: "
                              "choose the size that it was trained at")
+    changed_gates(unet, video)  # raises before anything is loaded
     report = load_translated(unet, video.state_dict(), {})
     continue_gates(unet, video)
     return report
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-70
+# %% ../../nbs/models/pretrained.ipynb #pretrained-71
 def source_of(
     name: str,  # A name in `HUB`, a size that comes with weights, or anything else
 ) -> str:       # Folder or hub id; other names as they are
@@ -366,7 +376,7 @@ def source_of(
     stored = WEIGHTS / name
     return str(stored) if name in SIZES and stored.is_dir() else HUB.get(name, name)
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-71
+# %% ../../nbs/models/pretrained.ipynb #pretrained-72
 def load_init(
     unet: VersVideoUNet,  # Changed in place
     init: str,            # `IMAGE`, `IMAGE+ADAPTER` or `VIDEO`: each a folder, a hub id, a name in `HUB` or a size
@@ -377,7 +387,7 @@ def load_init(
     reports = {image: (load_video_unet if is_video else load_image_unet)(unet, image)}
     return reports | ({adapter: load_motion_adapter(unet, adapter)} if adapter else {})
 
-# %% ../../nbs/models/pretrained.ipynb #pretrained-75
+# %% ../../nbs/models/pretrained.ipynb #pretrained-76
 def is_selected(
     widths: tuple,  # Channels of each level of the video UNet
     init: str,      # As of `load_init`; empty: nothing is loaded

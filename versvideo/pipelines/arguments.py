@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITHOUT', 'COUNTS', 'RANGES', 'OPTIONAL', 'check_parts', 'latent_size', 'size_of_conditions', 'as_texts',
            'check_prompts', 'check_embeds', 'warn_about_words', 'as_generators', 'start_latents', 'check_unused',
-           'check_conditions', 'first_frame', 'usual_sampling', 'check_settings', 'callback_inputs']
+           'check_conditions', 'first_frame', 'usual_steps', 'check_settings', 'callback_inputs']
 
 # %% ../../nbs/pipelines/arguments.ipynb #arguments-03
 import difflib
@@ -214,15 +214,17 @@ def first_frame(
     return extract_condition("image", pictures[:, :, None].expand(-1, -1, t, -1, -1))
 
 # %% ../../nbs/pipelines/arguments.ipynb #arguments-47
-def usual_sampling(
+def usual_steps(
     few_steps: int,          # Of a model that was distilled for few steps, else 0
     steps: int | None,       # `num_inference_steps` as given by the user
     guidance: float | None,  # `guidance_scale`, likewise
+    of_style: float | None = None,  # `style_guidance`
 ) -> tuple[int, float]:
     "Steps and guidance scale, with those not given filled in; ValueError for guidance of a distilled model."
-    if few_steps and guidance is not None and guidance > 1:
-        raise ValueError(f"guidance_scale={guidance}: this model was distilled and takes no guidance: leave it out, or "
-                         "load the model that it was distilled from")
+    for name, scale in dict(guidance_scale=guidance, style_guidance=of_style).items():
+        if few_steps and (scale or 0) > 1:
+            raise ValueError(f"{name}={scale}: this model was distilled and takes no guidance: leave it out, or load "
+                             "the model that it was distilled from")
     usual = (few_steps, 1.0) if few_steps else (25, 4.0)
     return tuple(own if value is None else value for own, value in zip(usual, (steps, guidance), strict=True))
 
@@ -230,7 +232,7 @@ def usual_sampling(
 COUNTS = ("num_inference_steps", "num_videos_per_prompt", "decode_chunk_size")  # Whole numbers from 1
 RANGES = dict(eta=(0, 1), guidance_scale=(0, 1000), guidance_rescale=(0, 1), style_scale=(0, 1000),
               style_guidance=(0, 1000))
-OPTIONAL = ("decode_chunk_size", "style_guidance")  # May be None
+OPTIONAL = ("num_inference_steps", "guidance_scale", "decode_chunk_size", "style_guidance")  # May be None
 
 
 def check_settings(

@@ -21,6 +21,7 @@ from ..core.files import repo_path
 from ..data.conditions import extract_condition, with_models
 from ..media.show import clip_grid, gif_bytes
 from ..media.video import read_clip, read_picture, write_video
+from .arguments import usual_steps
 from .text_to_video import VersVideoPipeline
 
 # %% ../../nbs/pipelines/explorer.ipynb #explorer-06
@@ -76,13 +77,17 @@ class Player:
 class PromptWidgets:
     "What to show, the seed, the number of steps, and guidance by the prompt."
 
-    def __init__(self):
+    def __init__(
+        self,
+        few_steps: int = 0,  # Of a distilled model, which takes no guidance
+    ):
         w, style = load_widgets(), dict(description_width="7em")
+        steps, guidance = usual_steps(few_steps, None, None)
         self.text = w.Text(value="a red circle moving left on a navy background", description="prompt",
                            layout=w.Layout(width="98%"), style=style)
         self.seed = w.IntText(value=0, description="seed", style=style)
-        self.steps = w.IntSlider(value=25, min=1, max=100, description="steps", style=style)
-        self.guidance = slider(4.0, 15, "guidance")
+        self.steps = w.IntSlider(value=steps, min=1, max=100, description="steps", style=style)
+        self.guidance = slider(guidance, 15, "guidance")
         self.box = w.VBox([self.text, w.HBox([self.seed, self.steps, self.guidance])])
 
     def arguments(self) -> dict:
@@ -153,7 +158,8 @@ class Explorer:
         w = load_widgets()
         self.pipe, self.folder, self.result = pipe, repo_path(folder), None
         names = [] if pipe.controlnet is None else list(pipe.controlnet.config.conditions)
-        self.prompt, self.conditions, self.style = PromptWidgets(), ConditionWidgets(names), StyleWidgets()
+        self.prompt = PromptWidgets(pipe.config.few_steps)
+        self.conditions, self.style = ConditionWidgets(names), StyleWidgets()
         self.button = w.Button(description="generate", button_style="primary")
         self.save_button = w.Button(description="save", disabled=True)
         self.bar = w.IntProgress(layout=w.Layout(width="98%"))

@@ -13,7 +13,7 @@ import torch
 from ..models.latents import decode_latents
 from versvideo.pipelines.arguments import (
     as_generators, callback_inputs, check_conditions, check_parts, check_settings, check_unused, first_frame,
-    latent_size, size_of_conditions, start_latents, usual_sampling,
+    latent_size, size_of_conditions, start_latents, usual_steps,
 )
 from .control import hold_frames, plan_control, warn_if_idle
 from .denoise import VideoDenoiser
@@ -72,10 +72,10 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         check_unused(not controlled, "conditions", condition_scales=(condition_scales, 1.0),
                      control_start=(control_start, 0.0), control_end=(control_end, 1.0))
         check_unused(not styled, "style_image", style_scale=(style_scale, 1.0), style_guidance=(style_guidance, None))
-        steps, guidance_scale = usual_sampling(self.config.few_steps, num_inference_steps, guidance_scale)
-        check_settings(num_inference_steps=steps, num_videos_per_prompt=num_videos_per_prompt, eta=eta,
-                       decode_chunk_size=decode_chunk_size, guidance_scale=guidance_scale,
+        check_settings(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt,
+                       eta=eta, decode_chunk_size=decode_chunk_size, guidance_scale=guidance_scale,
                        guidance_rescale=guidance_rescale, style_scale=style_scale, style_guidance=style_guidance)
+        steps, guidance_scale = usual_steps(self.config.few_steps, num_inference_steps, guidance_scale, style_guidance)
         size = latent_size(*size_of_conditions(conditions, num_frames, height, width), self.unet.config.sample_size,
                            self.vae_scale_factor)
         generator, convert = as_generators(generator), output_converter(output_type)
@@ -118,7 +118,8 @@ num_frames, height, width : int
 num_inference_steps : int
     Denoising steps, from 1 to well below the 1000 of training. Default 25, or the few of a distilled model.
 guidance_scale : float
-    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, steps cost twice. Default 4; distilled, 1.
+    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4,
+    or 1 for a distilled model.
 guidance_rescale : float
     Rescaling of guided noise to the standard deviation of unguided noise, 0 (off) to 1 (full). Default 0.
 num_videos_per_prompt : int
@@ -160,8 +161,7 @@ style_scale : float
 style_guidance : float
     A separate guidance scale for the style, 0 to 1000; costs one more pass. Default None: that of the prompt.
 timesteps, sigmas : list
-    Descending diffusion steps, or descending noise levels that end in 0, in place of `num_inference_steps`, where the
-    scheduler takes them.
+    Descending diffusion steps, or noise levels that end in 0, in place of `num_inference_steps`, if the scheduler can.
 clip_skip : int
     Last layers of the text encoder to leave out for the prompt, not for the negative one. Default: none.
 window_frames, window_overlap : int

@@ -56,7 +56,7 @@ def drop_idle_gradients(
     accelerator,  # Of accelerate; its processes share the gradients
     parameters,  # Iterable of parameters
 ) -> None:
-    "Set gradients that are zero on all processes to None, so that AdamW leaves these parameters unchanged."
+    "Set gradients that are zero on all processes to None, so that the optimiser leaves these parameters unchanged."
     found = [p for p in parameters if p.grad is not None]
     local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in found]
     sizes = torch.stack([g.abs().amax().float() if g.numel() else torch.zeros((), device=g.device) for g in local])

@@ -243,6 +243,8 @@ def load_trained(
     if kind != "epsilon":
         raise ValueError(f"{model=} has prediction_type={kind!r}, VersVideo is trained to predict the noise (epsilon): "
                          "give a model that does")
+    if pipe.config.few_steps:
+        raise ValueError(f"{model=} was distilled for few steps: give the model that it was distilled from")
     pipe.register_modules(scheduler=training_scheduler())  # whatever it was saved to sample with
     if image_encoder or (pipe.image_encoder is None and isinstance(base_of(size), Path)):
         with quiet_bars():

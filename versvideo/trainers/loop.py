@@ -277,7 +277,7 @@ def fit(
     validate: Callable | None = None,
     sample: Callable | None = None,
 ) -> Log:
-    """Train a model and return its log: AdamW, cosine schedule, clipping, moving average, checkpoints, resume.
+    """Train a model and return its log: optimiser, cosine schedule, clipping, moving average, checkpoints, resume.
 
     Parameters
     ----------

@@ -13,36 +13,42 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import LCMScheduler
 
-from ..core.checks import check_numbers, pick
+from ..core.checks import check_counts, check_numbers, pick
 from ..models.contracts import Denoiser
 from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import embed_batch
 from .config import FitConfig
-from .recipe_unet import UNetPlan
 from .recipes import SMOKE, change_settings, clips_for, draw_samples, large_settings
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-06
 @dataclass
-class DistillPlan(UNetPlan):
+class DistillPlan:
     "What `FitConfig` does not have: the data, and the teacher's steps."
 
-    image_rank_fraction: float = 0.0  # The student draws clips alone
-    text_dropout: float = 0.0  # Share of empty prompts; the student has no guidance that would need them
+    clips: int  # Clips in the training set
+    samples: int = 8  # Unseen prompts to show
+    few_steps: int = 4  # Steps that the student takes when asked for no number
     grid: int = 50  # Steps of the teacher's path
     guidance: float = 4.0  # Scale of the teacher's classifier-free guidance
+    image_steps: int = 0  # The student draws clips alone
+    image_rank_fraction: float = 0.0  # Likewise
+    text_dropout: float = 0.1  # Share of empty prompts, for conditions or a style without text
+    style_dropout: float = 0.0  # Share of captions that leave the drawing style out
+    held_out: int = 32  # Clips of unseen combinations for validation
+    checkpointing: bool = False  # Gradient checkpointing
     huber: float = 1e-3  # Below this difference the loss is quadratic, above linear
     least_spread: float = 0.25  # A student whose clips differ less than this share of real ones has collapsed
     patience: int = 20  # Batches in a row that must show it
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-07
 DISTILL_RUNS = {
-    "smoke": (SMOKE, DistillPlan(8, 0, 2, held_out=2)),
+    "smoke": (SMOKE, DistillPlan(8, 2, held_out=2)),
     "XS": (FitConfig(steps=1500, batch_size=8, lr=3e-4, warmup=50, ema_decay=0.99, log_every=50, save_every=200),
-           DistillPlan(4096, 0, 8)),
-    "S": (large_settings(2e-5, 32, 6000), DistillPlan(20_000, 0, 8)),
-    "SD15": (large_settings(8e-6, 4, 6000), DistillPlan(20_000, 0, 8, checkpointing=True)),
-    "L": (large_settings(8e-6, 16, 6000), DistillPlan(20_000, 0, 8, checkpointing=True)),
-    "H": (large_settings(8e-6, 4, 6000), DistillPlan(20_000, 0, 8, checkpointing=True)),
+           DistillPlan(4096)),
+    "S": (large_settings(2e-5, 32, 6000), DistillPlan(20_000)),
+    "SD15": (large_settings(8e-6, 4, 6000), DistillPlan(20_000, checkpointing=True)),
+    "L": (large_settings(8e-6, 16, 6000), DistillPlan(20_000, checkpointing=True)),
+    "H": (large_settings(8e-6, 4, 6000), DistillPlan(20_000, checkpointing=True)),
 }
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-08
@@ -50,14 +56,21 @@ def resolve_distill(
     size: str,  # A row of `DISTILL_RUNS`
     guidance: float = 4.0,  # Scale of the teacher's guidance
     grid: int = 50,  # Steps of the teacher's path
+    few_steps: int = 4,  # Steps of the student
+    style_dropout: float = 0.0,  # Share of captions that leave the drawing style out
     clips: int = 0,  # Clips in the training set, as of `clips_for`
     **changes,  # Of `change_settings`
 ) -> tuple:  # `FitConfig`, `DistillPlan`
     "The settings of a run; ValueError for an unknown size, or numbers out of range."
     cfg, plan = pick(DISTILL_RUNS, size, "size")
-    check_numbers(guidance=(guidance, 1, 1000), grid=(grid, 4, 200))
+    check_counts(grid=grid, few_steps=few_steps)
+    check_numbers(guidance=(guidance, 1, 1000), style_dropout=(style_dropout, 0, 1))
+    if few_steps > grid or 1000 % grid:
+        raise ValueError(f"{grid=}, {few_steps=}: give a grid that divides the 1000 diffusion steps, such as 50, and "
+                         "no more steps than it has")
     cfg = change_settings(cfg, **changes)
-    return cfg, replace(plan, clips=clips_for(cfg, plan.clips, clips), guidance=guidance, grid=grid)
+    return cfg, replace(plan, clips=clips_for(cfg, plan.clips, clips), guidance=guidance, grid=grid,
+                        few_steps=few_steps, style_dropout=style_dropout)
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-12
 def student_scheduler(
@@ -75,7 +88,7 @@ def clean_latents(
     steps: torch.Tensor,  # `b`
 ) -> torch.Tensor:        # `b c t h w`
     "The clean latents that belong to a predicted noise (equation 1, solved for x)."
-    level = scheduler.alphas_cumprod.to(noisy)[steps.to(scheduler.alphas_cumprod.device)][:, None, None, None, None]
+    level = scheduler.alphas_cumprod.to(noisy)[steps.to(noisy.device)][:, None, None, None, None]
     return (noisy - (1 - level).sqrt() * eps) / level.sqrt()
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-14
@@ -103,7 +116,7 @@ def teacher_step(
 ) -> torch.Tensor:             # `b c t h w`
     "One DDIM step with classifier-free guidance."
     both = torch.cat([no_text.expand_as(text), text])
-    without, with_text = unet(torch.cat([noisy, noisy]), torch.cat([steps, steps]), both).sample.chunk(2)
+    without, with_text = unet(torch.cat([noisy, noisy]), torch.cat([steps, steps]), both).sample.float().chunk(2)
     eps = without + guidance * (with_text - without)
     clean = clean_latents(scheduler, eps, noisy, steps)
     return scheduler.add_noise(clean, eps, before)
@@ -147,10 +160,10 @@ class ConsistencyLoss:
         nothing = self.teacher.text_encoder(self.no_text[None].to(text.device)).last_hidden_state
         earlier = teacher_step(self.teacher.unet, self.scheduler, noisy, steps, before, text, nothing,
                                self.plan.guidance)
-        ends = consistent(self.scheduler, student(noisy, steps, text).sample, noisy, steps)
+        ends = consistent(self.scheduler, student(noisy, steps, text).sample.float(), noisy, steps)
         with torch.no_grad():
-            target = consistent(self.scheduler, student(earlier, before, text).sample, earlier, before)
-        difference = (ends.float() - target.float()).square()
+            target = consistent(self.scheduler, student(earlier, before, text).sample.float(), earlier, before)
+        difference = (ends - target).square()
         loss = ((difference + self.plan.huber ** 2).sqrt() - self.plan.huber).mean()
         return dict(loss=loss, spread=relative_spread(ends.detach(), latents))
 
@@ -158,12 +171,11 @@ class ConsistencyLoss:
 def student_pipeline(
     teacher: VersVideoPipeline,
     student: Denoiser,
-    grid: int,       # Steps of the teacher's path
-    few_steps: int,  # Steps that the pipeline takes when asked for no number
+    plan: DistillPlan,  # Its `grid` and `few_steps` count
 ) -> VersVideoPipeline:
-    "The teacher's pipeline with the student: no guidance, `few_steps` steps."
-    parts = teacher.components | dict(unet=student, scheduler=student_scheduler(teacher, grid))
-    return VersVideoPipeline(**parts, words=teacher.config.words, few_steps=few_steps)
+    "The teacher's pipeline with the student: no guidance, few steps."
+    parts = teacher.components | dict(unet=student, scheduler=student_scheduler(teacher, plan.grid))
+    return VersVideoPipeline(**parts, words=teacher.config.words, few_steps=plan.few_steps)
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-29
 @dataclass

@@ -87,6 +87,8 @@ def resolve_unet(
     if lora_rank and not whole:
         raise ValueError(f"{lora_rank=}, {init=}: LoRA layers are added to a trained model with the widths of this "
                          "size: name it as init, for example init=XS at size XS")
+    if lora_rank and start:
+        raise ValueError(f"{lora_rank=}, {start=}: a LoRA belongs to the model of init as it is: leave start out")
     if lora_rank and pretrained_share != -1:
         raise ValueError(f"{lora_rank=}, {pretrained_share=}: with LoRA leave pretrained_share out, as what init loads "
                          "is frozen")

@@ -254,10 +254,10 @@ class Validation:
 def validation_ends(
     rows: list,  # Of the curve
     key: str = "valid_error",
-) -> dict:  # `valid_error_first`, `valid_error_last`
+) -> dict:  # `valid_error_first` and `valid_error_last`, or of another key
     "The first and the last validation of a run."
     found = [row[key] for row in rows if key in row]
-    return dict(valid_error_first=found[0], valid_error_last=found[-1])
+    return {f"{key}_first": found[0], f"{key}_last": found[-1]}
 
 # %% ../../nbs/trainers/recipes.ipynb #recipes-46
 def draw_samples(

@@ -78,7 +78,7 @@ def parameter_groups(
         if p.requires_grad:
             groups.setdefault((share, kinds.get(name, "")), []).append(p)
     return [dict(params=params, lr=cfg.lr * share, matrices=kind)
-            for (share, kind), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)]
+            for (share, kind), params in sorted(groups.items(), key=lambda group: group[0][0] != 1.0)]
 
 # %% ../../nbs/trainers/step.ipynb #step-13
 @dataclass
