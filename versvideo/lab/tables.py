@@ -141,11 +141,11 @@ def score_rows(folder: Path, run: str) -> list:
 
 # %% ../../nbs/lab/tables.ipynb #tables-27
 VARIANTS = {  # Name of a variant in 50 to 52: how a table shows it
-    "2D+1D, one FFN": "2D+1D convolution, one FFN (baseline)",
+    "2D+1D, one FFN": "2D+1D convolution, one FFN",
     "MEC": "MEC, one FFN",
     "experts": "2D+1D convolution, experts",
     "both": "MEC, experts",
-    "without spatial": "without spatial-temporal excitation",
+    "without spatial_temporal": "without spatial-temporal excitation",
     "without channel": "without channel excitation",
     "without motion": "without motion excitation",
     "beta 0": "β = 0",
@@ -172,7 +172,8 @@ def ablation_rows(folder: Path, run: str) -> list:
     for name, row in found.items():
         parameters = f"{row['cost']['parameters_merged'] / 1e6:.3f} M"
         measures = {label: cell(row[key], form) for key, (label, form) in forms.items() if key in row}
-        rows.append({"variant": VARIANTS.get(name, name), "parameters, merged": parameters, **measures})
+        of = "" if any(row[key].get("difference") for key in forms if key in row) else " (baseline)"
+        rows.append({"variant": VARIANTS.get(name, name) + of, "parameters, merged": parameters, **measures})
     return rows
 
 # %% ../../nbs/lab/tables.ipynb #tables-31
