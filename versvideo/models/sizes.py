@@ -49,7 +49,8 @@ ANIMATED = dict(temporal_levels=(True,) * 4, temporal_attentions=2)  # As Animat
 WIDE, HEADS = (320, 640, 1280, 1280), (40, 80, 160, 160)  # Widths of Stable Diffusion; of the heads of 1.5
 SIZES = {  # UNet; frames, height, width; image model
     "smoke": Size(tower((16, 32), head_dim=16, experts=(2, 2), **EMBEDDED), 4, 32, 32, "XS"),
-    "XS": Size(tower((64, 96, 96), head_dim=16, attention_levels=(True,) * 3, **EMBEDDED), 16, 64, 64, "XS"),
+    "XS": Size(tower((64, 96, 96), head_dim=16, attention_levels=(True,) * 3, mec=dict(start="centred", images=True),
+                     **EMBEDDED), 16, 64, 64, "XS"),
     "S": Size(tower((64, 128, 256, 256), head_dim=32, cross_attention_dim=768), 16, 128, 128, SD15),
     "SD15": Size(tower(WIDE, head_dim=HEADS, cross_attention_dim=768, **ANIMATED), 16, 512, 512, SD15),
     "L": Size(tower((160, 320, 640, 640), head_dim=HEADS, cross_attention_dim=768), 16, 256, 256, SD15),
