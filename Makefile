@@ -100,6 +100,12 @@ results: $(INSTALLED)
 	    size=XS init=results/20_train_unet-styles-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient \
 	    style_dropout=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
+	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-centred-XS-s2.ipynb \
+	    size=XS init=results/20_train_unet-styles2-XS-s1/weights pretrained_share=1 without=moe start=centred+images \
+	    styles=flat,flat,flat,outline,gradient style_dropout=0.3 \
+	    motions=left,right,up,down,grow,shrink,spin,spin,spin,bounce,orbit image_rank_fraction=0.1 clips=8192 lr=6e-4 \
+	    optimizer=muon steps=2300 seed=2 out=results/20_train_unet-centred-XS-s2 \
+	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(RUN) nbs/22_train_controlnet.ipynb --out results/22_train_controlnet-XS-s0.ipynb \
 	    size=XS model=results/20_train_unet-styles-XS-s0/weights out=results/22_train_controlnet-XS-s0
 	$(RUN) nbs/22_train_controlnet.ipynb --out results/22_train_controlnet-styles2-XS-s1.ipynb \
@@ -111,7 +117,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/23_train_style.ipynb --out results/23_train_style-styles2-XS-s2.ipynb \
 	    size=XS stage=captions style_dropout=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
-	$(BIN)/versvideo results ship results/20_train_unet-styles2-XS-s1/weights results/21_train_vae-tcm2-XS-s1/weights \
+	$(BIN)/versvideo results ship results/20_train_unet-centred-XS-s2/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
 	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s2/weights
