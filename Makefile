@@ -126,8 +126,8 @@ results: $(INSTALLED)
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS-s1.ipynb \
 	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
-	$(RUN) nbs/43_follow.ipynb --out results/43_follow-XS.ipynb size=XS n=64 guidance=2 out=results/43_follow-XS
-	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=64 style_guidance=8 out=results/44_style-XS
+	$(RUN) nbs/43_follow.ipynb --out results/43_follow-XS.ipynb size=XS n=16 guidance=2 out=results/43_follow-XS
+	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=16 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
 	$(RUN) nbs/45_court.ipynb --out results/45_court-XS.ipynb n=256 sizes=16,32,64 doses=0.3,1 faults= repeats=12 paired=32 \
@@ -144,6 +144,8 @@ results: $(INSTALLED)
 	    runs=results/50_ablation_unet-XS/trainings out=results/52_ablation_mec-XS
 	$(RUN) nbs/54_excitations.ipynb --out results/54_excitations-XS.ipynb \
 	    n=24 clips=24 steps=10 start_seed=0 out=results/54_excitations-XS
+	$(RUN) nbs/54_excitations.ipynb --out results/54_excitations-centred-XS.ipynb \
+	    n=24 clips=24 steps=10 out=results/54_excitations-centred-XS
 	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb --out results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
 	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
 	$(RUN) nbs/60_cost.ipynb --out results/60_cost-H.ipynb \
@@ -167,7 +169,7 @@ endif
 # Continues from the trainings of make results: trains the ControlNet and the style adapter on more clips
 # on a GPU and puts them into the embedded model, then measures both, and the cost of the larger sizes.
 # (Records that name the embedded model as their start began with the same weights.)
-# The records of 43 and 44 outside results/h200 were measured before it, with the model of make results.
+# The records of 43 and 44 in results/h200 were measured before the last round of the UNet, and so was 54_excitations-XS.
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'

@@ -320,8 +320,7 @@ def changed_gates(
              if mine.start != theirs.start and theirs.excitations]
     for mine, theirs in pairs:
         if mine.start != "centred":
-            raise ValueError(f"start={mine.start!r}: weights that were trained with start={theirs.start!r} can be "
-                             f"continued with start={theirs.start!r} or start='centred'")
+            raise ValueError(f"start={mine.start!r}: these weights continue with start={theirs.start!r} or 'centred'")
     return pairs
 
 # %% ../../nbs/models/pretrained.ipynb #pretrained-66

@@ -94,6 +94,5 @@ def start_branches(
         return unet
     pick(dict.fromkeys(STARTS), form, "start")
     if images not in ([], ["images"]):
-        raise ValueError(f"{start=}: give one of {', '.join(STARTS)}, or one with +images to send images through the "
-                         "branches")
+        raise ValueError(f"{start=}: give one of {', '.join(STARTS)}, alone or with +images")
     return unet | dict(mec=(unet.get("mec") or {}) | dict(start=form, images=bool(images)))
