@@ -685,7 +685,7 @@ def test_notebook_leaves_nothing_in_the_repository_by_default(saved, monkeypatch
     (dict(prompt=" "), ValueError, "prompt=' ' is empty"),
     (dict(frames=-1), ValueError, "num_frames=-1"),
     (dict(height=20), ValueError, "height=20 is not a multiple of 8"),
-    (dict(steps=0), ValueError, "num_inference_steps=0"),
+    (dict(steps=-1), ValueError, "num_inference_steps=-1"),
     (dict(scheduler="DDIN"), ValueError, "did you mean 'DDIM'"),
     (dict(size="Q"), ValueError, "'Q' is unknown"),
     (dict(size="L"), FileNotFoundError, "20_train_unet size=L"),
