@@ -90,15 +90,15 @@ results: $(INSTALLED)
 	    size=XS stage=tcm perceptual=clip vae=results/21_train_vae-styles-XS-s0/weights \
 	    decoder=results/21_train_vae-tcm-XS-s0/weights seed=1 steps=6000 out=results/21_train_vae-tcm2-XS-s1
 	$(RUN) nbs/20_train_unet.ipynb --out results/20_train_unet-XS-s0.ipynb \
-	    size=XS out=results/20_train_unet-XS-s0 \
+	    size=XS start=scaled out=results/20_train_unet-XS-s0 \
 	    vae=results/21_train_vae-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-styles-XS-s0.ipynb \
 	    size=XS init=results/20_train_unet-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient steps=1200 \
-	    out=results/20_train_unet-styles-XS-s0 \
+	    start=scaled out=results/20_train_unet-styles-XS-s0 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-styles2-XS-s1.ipynb \
 	    size=XS init=results/20_train_unet-styles-XS-s0/weights pretrained_share=1 styles=flat,outline,gradient \
-	    style_dropout=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
+	    start=scaled style_dropout=0.3 image_steps=600 steps=1800 seed=1 out=results/20_train_unet-styles2-XS-s1 \
 	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
 	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-centred-XS-s2.ipynb \
 	    size=XS init=results/20_train_unet-styles2-XS-s1/weights pretrained_share=1 without=moe start=centred+images \

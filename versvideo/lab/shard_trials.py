@@ -123,8 +123,8 @@ def train_on_shards(
     shards = open_shards(budget.data, shape, vae, text_encoder, cfg.batch_size, seed, plan.image_rank_fraction)
     loss = UNetLoss(text_encoder, tokenize(tokenizer, "")[0], plan, training_scheduler())
     gates = gate_parameters(unet) if variant.gate_lr != 1 else []  # a group with a learning rate of its own
-    batches, cfg = ShardBatches(shards, shards, cfg, plan), replace(
-        cfg, pretrained_share=variant.gate_lr, lr=cfg.lr * variant.lr_factor, optimizer=variant.optimizer)
+    cfg = replace(cfg, pretrained_share=variant.gate_lr, lr=cfg.lr * variant.lr_factor, optimizer=variant.optimizer)
+    batches = ShardBatches(shards, shards, cfg, plan)
     log = fit(cfg, unet, loss, batches, folder,
               after_step=lambda net: net.exchange_experts(variant.beta), pretrained=gates,
               run=dict(variant=asdict(variant), shards=shards.digest))

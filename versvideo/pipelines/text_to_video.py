@@ -118,8 +118,7 @@ num_frames, height, width : int
 num_inference_steps : int
     Denoising steps, from 1 to well below the 1000 of training. Default 25, or the few of a distilled model.
 guidance_scale : float
-    Scale of classifier-free guidance, 0 to 1000. Up to 1 it is off; above, a step costs twice as much. Default 4,
-    or 1 for a distilled model.
+    Scale of classifier-free guidance, 0 to 1000; up to 1 off, above a step costs twice. Default 4; 1 if distilled.
 guidance_rescale : float
     Rescaling of guided noise to the standard deviation of unguided noise, 0 (off) to 1 (full). Default 0.
 num_videos_per_prompt : int

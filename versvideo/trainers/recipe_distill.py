@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['DISTILL_RUNS', 'DistillPlan', 'resolve_distill', 'student_scheduler', 'clean_latents', 'consistent', 'teacher_step',
-           'relative_spread', 'ConsistencyLoss', 'student_pipeline', 'StudentSamples']
+           'relative_spread', 'ConsistencyLoss', 'student_pipeline']
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-03
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,7 @@ from ..models.contracts import Denoiser
 from ..pipelines.text_to_video import VersVideoPipeline
 from .batches import embed_batch
 from .config import FitConfig
-from .recipes import SMOKE, change_settings, clips_for, draw_samples, large_settings
+from .recipes import SMOKE, change_settings, clips_for, large_settings
 
 # %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-06
 @dataclass
@@ -176,16 +175,3 @@ def student_pipeline(
     "The teacher's pipeline with the student: no guidance, few steps."
     parts = teacher.components | dict(unet=student, scheduler=student_scheduler(teacher, plan.grid))
     return VersVideoPipeline(**parts, words=teacher.config.words, few_steps=plan.few_steps)
-
-# %% ../../nbs/trainers/recipe_distill.ipynb #recipe_distill-29
-@dataclass
-class StudentSamples:
-    "The `sample` of `fit`: two clips on each process, by the student."
-
-    pipeline: Callable  # `(student) -> VersVideoPipeline`
-    prompts: list
-
-    def __call__(self, student: Denoiser, rank: int) -> tuple:  # Clips `2 3 t h w` in [0, 1], their prompts
-        "The usual few steps, with noise that depends on the process alone."
-        prompts = [self.prompts[(2 * rank + k) % len(self.prompts)] for k in range(2)]
-        return draw_samples(self.pipeline(student), prompts, rank, steps=None), prompts

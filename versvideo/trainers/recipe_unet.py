@@ -204,11 +204,12 @@ class UNetSamples:
 
     pipeline: Callable  # `(unet) -> VersVideoPipeline` that draws
     prompts: list
+    steps: int | None = 10  # Sampling steps; None: the usual number of the pipeline
 
     def __call__(self, unet: Denoiser, rank: int) -> tuple:  # Clips `2 3 t h w` in [0, 1], their prompts
-        "Ten steps, with noise that depends on the process alone."
+        "Clips from noise that depends on the process alone."
         prompts = [self.prompts[(2 * rank + k) % len(self.prompts)] for k in range(2)]
-        return draw_samples(self.pipeline(unet), prompts, rank, steps=10), prompts
+        return draw_samples(self.pipeline(unet), prompts, rank, self.steps), prompts
 
 # %% ../../nbs/trainers/recipe_unet.ipynb #recipe-unet-29
 def assemble(
