@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_sampling', 'OneLineParser', 'build_parser', 'add_compare', 'add_results', 'say', 'output_file', 'check_early',
-           'pixel_scale', 'sampling', 'generate', 'edit', 'run', 'compare', 'results', 'one_line', 'parse', 'main']
+           'pixel_scale', 'sampling', 'load_model', 'generate', 'edit', 'run', 'compare', 'results', 'one_line',
+           'parse', 'main']
 
 # %% ../nbs/cli.ipynb #cli-03
 import argparse
@@ -26,6 +27,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="XS", help="a size with weights, a folder or a hub id (default: XS)")
     parser.add_argument("--negative", default="", help="what the video should not show")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 25, or as the model was distilled)")
+    parser.add_argument("--teacher", action="store_true",
+                        help="the model itself, where a faster one that was distilled from it lies beside it; more "
+                             "than 8 steps, guidance, a negative prompt and a style also ask for it")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: 4, edit: 2)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another video (default: 0)")
     parser.add_argument("--style", help="a picture whose drawing style is wanted")
@@ -156,6 +160,13 @@ def sampling(
     return asked
 
 # %% ../nbs/cli.ipynb #cli-25
+def load_model(args: argparse.Namespace):  # A `VersVideoPipeline`
+    "The model that is asked for, or the student beside it."
+    from versvideo.pipelines.loading import load_pipeline, prefer_student
+    needs_teacher = (args.teacher, args.guidance, args.negative, args.style)
+    return load_pipeline(args.model, student=prefer_student(args.model, args.steps, *needs_teacher))
+
+# %% ../nbs/cli.ipynb #cli-26
 def generate(args: argparse.Namespace) -> None:
     "A video from a text, written to a file."
     path = output_file(args.out, args.prompt)
@@ -164,15 +175,14 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from versvideo.media.video import read_picture, write_video
-    from versvideo.pipelines.loading import load_pipeline
-    pipe = load_pipeline(args.model)
+    pipe = load_model(args)
     image = dict(image=read_picture(args.image)) if args.image else {}
     videos = pipe(args.prompt, num_frames=args.frames, height=args.height, width=args.width,
                   generator=torch.Generator().manual_seed(args.seed), **image,
                   **sampling(args, 4.0, pipe.config.few_steps)).videos
     say(str(write_video(videos[0], path, fps=args.fps, scale=pixel_scale(*videos.shape[-2:]))))
 
-# %% ../nbs/cli.ipynb #cli-29
+# %% ../nbs/cli.ipynb #cli-30
 def edit(args: argparse.Namespace) -> None:
     "A video redrawn along what is taken from it; input, conditions and result side by side lie beside the result."
     path = output_file(args.out, f"{Path(args.video).stem}-edit")
@@ -184,11 +194,10 @@ def edit(args: argparse.Namespace) -> None:
     from versvideo.media.show import clip_grid
     from versvideo.media.video import read_clip, write_video
     from versvideo.pipelines.edit import check_edit, edit_clip
-    from versvideo.pipelines.loading import load_pipeline
     given = (args.frames, args.height, args.width)
     asked = dict(conditions=args.conditions, options=parse_models(args.condition_models))
     check_edit(args.model, args.prompt, given, **asked, **sampling(args, 2.0))
-    pipe = load_pipeline(args.model)
+    pipe = load_model(args)
     asked |= sampling(args, 2.0, pipe.config.few_steps)
     size = tuple(n or own for n, own in zip(given, pipe.trained_size, strict=True))
     clip = read_clip(args.video, size, fps=args.fps)[None]
@@ -200,7 +209,7 @@ def edit(args: argparse.Namespace) -> None:
     say(f"{beside}: input, conditions and result side by side")
     say(str(write_video(done.result[0], path, fps=args.fps, scale=scale)))
 
-# %% ../nbs/cli.ipynb #cli-31
+# %% ../nbs/cli.ipynb #cli-32
 def run(args: argparse.Namespace) -> None:
     "A run notebook: executed by papermill where it is to be kept, else cell by cell in this process."
     from versvideo.core.notebooks import execute_notebook, find_notebook, pass_on_sigterm, run_cells
@@ -212,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
     pass_on_sigterm()
     say(f"{execute_notebook(notebook, args.out, args.parameters)}  {time.monotonic() - start:.0f} s")
 
-# %% ../nbs/cli.ipynb #cli-33
+# %% ../nbs/cli.ipynb #cli-34
 def compare(args: argparse.Namespace) -> None:
     "The causes of a difference, as a table, a sentence and, with --out, a diagram."
     if args.out and (not args.real or Path(args.out).suffix not in (".jpg", ".jpeg")):
@@ -229,7 +238,7 @@ def compare(args: argparse.Namespace) -> None:
         draw_waterfall((args.first, args.second), found.told, found.steps, args.out)
         say(args.out)
 
-# %% ../nbs/cli.ipynb #cli-34
+# %% ../nbs/cli.ipynb #cli-35
 def results(args: argparse.Namespace) -> None:
     "Keep the records of results/; ValueError outside a clone of the repository."
     from versvideo.core.files import repo_path
@@ -246,14 +255,14 @@ def results(args: argparse.Namespace) -> None:
     done = dict(readme=rebuild_readme, drift=compare_with_commit, ship=ship)[args.action](*args.names)
     say(str(done or "no number drifted"))
 
-# %% ../nbs/cli.ipynb #cli-36
+# %% ../nbs/cli.ipynb #cli-37
 def one_line(error: BaseException) -> str:
     "What went wrong, in a line; of a failed notebook the error of its cell."
     name = getattr(error, "ename", type(error).__name__)
     text = " ".join(str(getattr(error, "evalue", error)).split()) or "no more is known"
     return text if name in ("ValueError", "TypeError", "FileNotFoundError") else f"{name}: {text}"
 
-# %% ../nbs/cli.ipynb #cli-38
+# %% ../nbs/cli.ipynb #cli-39
 def parse(
     arguments: list | None,  # None: those of the command line
 ) -> argparse.Namespace:
@@ -266,7 +275,7 @@ def parse(
         args.parameters += more
     return args
 
-# %% ../nbs/cli.ipynb #cli-40
+# %% ../nbs/cli.ipynb #cli-41
 def main(
     arguments: list | None = None,  # None: those of the command line
 ) -> int:                           # Exit code

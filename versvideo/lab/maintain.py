@@ -131,6 +131,7 @@ def ship(
     classifier: str,    # Folder of the classifier that scores are computed on
     control: str = "",  # Folder of a pipeline, whose ControlNet ships
     style: str = "",    # Folder of a pipeline, whose style adapter ships
+    student: str = "",  # Folder of a pipeline that 27_distill made from this UNet
 ) -> Path:
     "Put what was trained together as the pipeline that the package holds; ValueError for parts that do not fit."
     from versvideo.core.files import WEIGHTS
@@ -138,6 +139,7 @@ def ship(
     from versvideo.models.text import load_clip
     from versvideo.models.vae import load_vae
     from versvideo.pipelines.loading import load_pipeline
+    from versvideo.pipelines.student import save_student
     from versvideo.world.classifier import ShapesNet
     text_encoder, image_encoder, tokenizer = load_clip(repo_path(clip))
     pipe, decoder, encoder = load_pipeline(unet, device="cpu"), load_vae(repo_path(vae)), load_vae(repo_path(image_vae))
@@ -150,7 +152,11 @@ def ship(
     part = lambda folder, name: getattr(load_pipeline(folder, device="cpu"), name) if folder else None
     pipe.register_modules(vae=decoder, image_encoder=image_encoder, tokenizer=tokenizer,
                           controlnet=part(control, "controlnet"), style_adapter=part(style, "style_adapter"))
+    few = load_pipeline(student, device="cpu") if student else None
+    shutil.rmtree(WEIGHTS / "XS" / "student", ignore_errors=True)  # that of the UNet before
     save_pipeline(pipe, WEIGHTS / "XS")
+    if few:
+        save_student(few, pipe, WEIGHTS / "XS")
     save_model(encoder, WEIGHTS / "XS" / "image_vae")
     save_model(ShapesNet.from_pretrained(repo_path(classifier)), WEIGHTS / "XS" / "classifier")
     return WEIGHTS / "XS"

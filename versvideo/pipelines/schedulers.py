@@ -26,8 +26,9 @@ SCHEDULERS = {name.removesuffix("Scheduler"): name for name in (*KarrasDiffusion
 
 def check_scheduler(
     scheduler: SchedulerMixin,
+    few_steps: int = 0,  # Of a model that was distilled for few steps, else 0
 ) -> None:
-    "TypeError for anything but a scheduler, ValueError for one that cannot follow the noise process of equation (1)."
+    "TypeError for anything but a scheduler, ValueError for one that cannot drive the model."
     kind, choices = type(scheduler).__name__, f"give one of {', '.join(SCHEDULERS)}"
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler={kind} cannot drive this model: {choices}, by name or as an instance")
@@ -41,6 +42,9 @@ def check_scheduler(
     needed = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
     if needed != ["model_output", "timestep", "sample"]:
         raise ValueError(f"{kind} cannot drive this model: its steps need {', '.join(needed)}; {choices}")
+    if few_steps and kind not in DISTILLED:
+        raise ValueError(f"{kind} cannot drive this model: it was distilled for few steps; give LCM or TCD, or load "
+                         "the model that it was distilled from")
 
 # %% ../../nbs/pipelines/schedulers.ipynb #schedulers-09
 def get_scheduler(

@@ -68,7 +68,7 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         controlled, styled = bool(conditions) or image is not None, style_image is not None
         holds = hold_image and (image is not None or "image" in conditions)
         check_parts(self.components, unet=True, scheduler=True, vae=holds or output_type != "latent")
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self.config.few_steps)
         check_unused(not controlled, "conditions", condition_scales=(condition_scales, 1.0),
                      control_start=(control_start, 0.0), control_end=(control_end, 1.0))
         check_unused(not styled, "style_image", style_scale=(style_scale, 1.0), style_guidance=(style_guidance, None))
