@@ -131,11 +131,14 @@ class ConditionWidgets:
 class StyleWidgets:
     "A picture whose style is wanted, its strength, and its guidance."
 
-    def __init__(self):
-        w = load_widgets()
+    def __init__(
+        self,
+        few_steps: int = 0,  # Of a distilled model, which takes no guidance
+    ):
+        w, self.guided = load_widgets(), not few_steps
         self.picture = w.FileUpload(accept="image/*", description="style picture")
         self.scale, self.guidance = slider(1.0, 2, "strength"), slider(6.0, 12, "guidance")
-        self.box = w.HBox([self.picture, self.scale, self.guidance])
+        self.box = w.HBox([self.picture, self.scale, *[self.guidance] * self.guided])
 
     def arguments(self) -> dict:
         "Of the pipeline; ValueError for a file that is no picture."
@@ -143,8 +146,8 @@ class StyleWidgets:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             picture = read_picture(store_upload(self.picture, Path(folder)))
-        return dict(style_image=picture, style_scale=self.scale.value, style_guidance=self.guidance.value,
-                    guidance_rescale=0.7)
+        guidance = dict(style_guidance=self.guidance.value, guidance_rescale=0.7) if self.guided else {}
+        return dict(style_image=picture, style_scale=self.scale.value, **guidance)
 
 # %% ../../nbs/pipelines/explorer.ipynb #explorer-28
 class Explorer:
@@ -159,7 +162,7 @@ class Explorer:
         self.pipe, self.folder, self.result = pipe, repo_path(folder), None
         names = [] if pipe.controlnet is None else list(pipe.controlnet.config.conditions)
         self.prompt = PromptWidgets(pipe.config.few_steps)
-        self.conditions, self.style = ConditionWidgets(names), StyleWidgets()
+        self.conditions, self.style = ConditionWidgets(names), StyleWidgets(pipe.config.few_steps)
         self.button = w.Button(description="generate", button_style="primary")
         self.save_button = w.Button(description="save", disabled=True)
         self.bar = w.IntProgress(layout=w.Layout(width="98%"))
