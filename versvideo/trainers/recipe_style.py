@@ -223,7 +223,10 @@ class CaptionsLoss(NoiseLoss):
     ):
         super().__init__(pipe, plan)
         self.data, self.style_dropout, self.seed = data, style_dropout, seed
-        self.factors = self.even_factors() if even else torch.ones(len(data.kinds), device=pipe.unet.device)
+        sizes = self.sizes() if even or not style_dropout else {}
+        self.largest, device = max(sizes.values(), default=1.0), pipe.unet.device
+        self.factors = torch.tensor([self.largest / sizes.get(kind, self.largest) if even else 1.0
+                                     for kind in data.kinds], device=device)
 
     def noised(self, x: torch.Tensor) -> tuple:
         "Latents with noise, and its steps."
@@ -262,18 +265,17 @@ class CaptionsLoss(NoiseLoss):
         noisy, steps = self.noised(middle.float().to(device))
         return self.weighted(self.effect(few, noisy, steps)[1], steps).mean().sqrt()
 
-    def even_factors(self) -> torch.Tensor:  # One a style
-        "The factors f of `even=True`, one for each style; ValueError where a name changes nothing."
-        kinds, named = self.data.kinds, self.data.named
-        sizes = [self.size_of_effect(self.data.pictures.of_style(k)[:256]) if kind in named else None
-                 for k, kind in enumerate(kinds)]
-        mute = [kind for kind, size in zip(kinds, sizes, strict=True) if size is not None and not size > 0]
+    def sizes(self) -> dict:  # Style to size
+        "How large a change the name of each style makes; ValueError where a name changes nothing."
+        kinds = self.data.kinds
+        sizes = {kind: self.size_of_effect(self.data.pictures.of_style(kinds.index(kind))[:256]).item()
+                 for kind in self.data.named}
+        mute = [kind for kind, size in sizes.items() if not size > 0]
         if mute:
-            raise ValueError("even=True: what this UNet predicts does not change where a caption names "
-                             f"{', '.join(mute)}, or no clip has it: train the UNet on such captions, or leave even "
-                             "out")
-        largest = max(size for size in sizes if size is not None)
-        return torch.tensor([1.0 if size is None else largest / size for size in sizes], device=self.pipe.unet.device)
+            raise ValueError("even=True or style_dropout=0: what this UNet predicts does not change where a caption "
+                             f"names {', '.join(mute)}, or no clip has it: train the UNet on such captions, or leave "
+                             "even and style_dropout out")
+        return sizes
 
     def __call__(self, style: StyleAdapter, batch: dict) -> dict:
         x, kind, (text, weights) = batch["latents"], batch["drawn_in"], self.joined(style, batch)
@@ -283,6 +285,7 @@ class CaptionsLoss(NoiseLoss):
         asked = self.factors[kind][:, None, None, None, None] * change
         found = self.pipe.unet(noisy, steps, text, token_weights=weights).sample
         missed, changed = self.weighted(found - plain - asked, steps), self.weighted(asked, steps)
+        changed = torch.where(changed > 0, changed, torch.full_like(changed, self.largest ** 2))  # where Δ is 0
         shares = {f"missed_{self.data.kinds[k]}": missed[kind == k].sum() / changed[kind == k].sum().clamp(min=1e-12)
                   for k in kind.unique().tolist()}
         return dict(loss=torch.stack(list(shares.values())).mean(), error=missed.mean()) | shares
