@@ -117,11 +117,30 @@ results: $(INSTALLED)
 	$(RUN) nbs/23_train_style.ipynb --out results/23_train_style-styles2-XS-s2.ipynb \
 	    size=XS stage=captions style_dropout=0.3 model=results/20_train_unet-styles2-XS-s1/weights adapter=results/23_train_style-styles2-XS-s1/weights seed=2 \
 	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder out=results/23_train_style-styles2-XS-s2
-	$(BIN)/versvideo results ship results/20_train_unet-centred-XS-s2/weights results/21_train_vae-tcm2-XS-s1/weights \
+	$(TWO) nbs/20_train_unet.ipynb --out results/20_train_unet-flat-XS-s3.ipynb \
+	    size=XS init=results/20_train_unet-centred-XS-s2/weights pretrained_share=1 without=moe \
+	    styles=flat,flat,flat,outline,gradient motions=left,right,up,down,grow,shrink,spin,spin,spin,spin,bounce,orbit \
+	    image_rank_fraction=0.1 clips=4096 lr=4e-4 optimizer=muon steps=900 seed=3 out=results/20_train_unet-flat-XS-s3 \
+	    vae=results/21_train_vae-styles-XS-s0/weights clip=results/24_train_clip-XS-s0/weights
+	$(RUN) nbs/23_train_style.ipynb --out results/23_train_style-flat-XS-s4.ipynb \
+	    size=XS stage=captions even=True style_dropout=0 model=results/20_train_unet-flat-XS-s3/weights \
+	    adapter=results/23_train_style-styles2-XS-s2/weights steps=800 batch=6 seed=4 out=results/23_train_style-flat-XS-s4 \
+	    image_encoder=results/24_train_clip-vision-XS-s0/weights/image_encoder
+	$(RUN) nbs/22_train_controlnet.ipynb --out results/22_train_controlnet-flat-XS-s3.ipynb \
+	    size=XS model=results/23_train_style-flat-XS-s4/weights controlnet=results/22_train_controlnet-styles2-XS-s1/weights \
+	    optimizer=muon lr=5e-4 steps=750 seed=3 out=results/22_train_controlnet-flat-XS-s3
+	$(RUN) nbs/27_distill.ipynb --out results/27_distill-XS-s0.ipynb \
+	    size=XS model=results/20_train_unet-flat-XS-s3/weights frozen=experts,cross_attention guidance=2 grid=25 \
+	    optimizer=muon style_dropout=0 styles=flat,flat,flat,outline,gradient \
+	    motions=left,right,up,down,grow,shrink,spin,spin,spin,spin,bounce,orbit steps=900 sample_every=450 seed=3 \
+	    out=results/27_distill-XS-s0
+	$(BIN)/versvideo results ship results/20_train_unet-flat-XS-s3/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
-	    results/22_train_controlnet-styles2-XS-s1/weights results/23_train_style-styles2-XS-s2/weights
+	    results/22_train_controlnet-flat-XS-s3/weights results/23_train_style-flat-XS-s4/weights results/27_distill-XS-s0/weights
 	$(RUN) nbs/33_judge.ipynb --out results/33_judge-XS-s0.ipynb prompts=256 out=results/33_judge-XS-s0
+	$(RUN) nbs/33_judge.ipynb --out results/33_judge-student-XS.ipynb \
+	    prompts=256 student=True out=results/33_judge-student-XS
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS.ipynb \
 	    size=XS n=256 perceptual=clip out=results/42_reconstruction-XS
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS-s1.ipynb \
@@ -169,7 +188,8 @@ endif
 # Continues from the trainings of make results: trains the ControlNet and the style adapter on more clips
 # on a GPU and puts them into the embedded model, then measures both, and the cost of the larger sizes.
 # (Records that name the embedded model as their start began with the same weights.)
-# The records of 43 and 44 in results/h200 were measured before the last round of the UNet, and so was 54_excitations-XS.
+# The records in results/h200 were made before the last two rounds of the UNet, which the ControlNet and the adapter then had
+# a last round on; 54_excitations-XS was measured before them as well, 54_excitations-centred-XS between the two.
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
@@ -180,7 +200,8 @@ results-gpu: $(INSTALLED)
 	    size=XS stage=captions even=True style_dropout=0.3 adapter=results/23_train_style-styles2-XS-s2/weights steps=1500 batch=64 workers=12 seed=3 \
 	    out=results/h200/23_train_style-styles2-XS-s3
 	$(BIN)/versvideo results ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
-	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights
+	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights \
+	    results/27_distill-XS-s0/weights
 	$(RUN) nbs/43_follow.ipynb --out results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
 	$(RUN) nbs/44_style.ipynb --out results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
 	$(RUN) nbs/61_gpu.ipynb --out results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" forms="eager layers whole" \

@@ -169,12 +169,13 @@ def test_source_that_is_nowhere(load, tmp_path):
 # Of the values that the records were measured with, whatever the parameters are called.
 VALUES = {
     "classifier": "c346e9fc509f94e2dbd0cdce8d0b96d8be95c88a3d803a9ea71d1ec6765161c9",
-    "controlnet": "8b17bcecc39489d54bc459a0083a22b13b71df753bd95707d959bc4dcddbcce6",
+    "controlnet": "ad20bc7b6c28315849b46d0e1171af66ab101fcf5502c18124096d5cf8abbd70",
     "image_encoder": "cdf8c63cc4035b340ff099efb53d09f20544653ebf5864fc9452f71b2aa44a1e",
     "image_vae": "e1705d18f20b126c919684dcabd98dfd8256fd32541d0fac89a23c6804369efd",
-    "style_adapter": "ba8c2f976f0806edd59aeeaadec8c5cce0afa894bbe532c900d3f4449260ab0c",
+    "student": "dbfcb034e8f69699caad5a423e6217b819c8c23cc0167e4be3f524e31398c7e7",
+    "style_adapter": "be03c0a4c371626486605d5e60127679cab562445a0c43693927b4e83db629b6",
     "text_encoder": "50eaf044b51f8d49f87021770a75640696943d70f4108b7a23c848c61775f651",
-    "unet": "250b8a1b28a3e6be39a98db0a8a7528e220dd453d0cec12ee379762ec227cb7c",
+    "unet": "17ab65b825286cdd2ed3d3ae57dd6cf03cea57158792f6f14f3d19189b740ef6",
     "vae": "8cfca7f8051c64dac2e01e9043ff9f2591e6dbf1db59c80addbbd6f8d13cd989",
 }
 

@@ -29,7 +29,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: 25, or as the model was distilled)")
     parser.add_argument("--teacher", action="store_true",
                         help="the model itself, where a faster one that was distilled from it lies beside it; more "
-                             "than 8 steps, guidance, a negative prompt and a style also ask for it")
+                             "than 8 steps, guidance, a negative prompt, a style or a first frame also ask "
+                             "for it, and editing always uses it")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: 4, edit: 2)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another video (default: 0)")
     parser.add_argument("--style", help="a picture whose drawing style is wanted")
@@ -163,7 +164,8 @@ def sampling(
 def load_model(args: argparse.Namespace):  # A `VersVideoPipeline`
     "The model that is asked for, or the student beside it."
     from versvideo.pipelines.loading import load_pipeline, prefer_student
-    needs_teacher = (args.teacher, args.guidance, args.negative, args.style)
+    needs_teacher = (args.teacher, args.guidance, args.negative, args.style, args.command == "edit",
+                     getattr(args, "image", None))
     return load_pipeline(args.model, student=prefer_student(args.model, args.steps, *needs_teacher))
 
 # %% ../nbs/cli.ipynb #cli-26

@@ -153,6 +153,8 @@ def ship(
     pipe.register_modules(vae=decoder, image_encoder=image_encoder, tokenizer=tokenizer,
                           controlnet=part(control, "controlnet"), style_adapter=part(style, "style_adapter"))
     few = load_pipeline(student, device="cpu") if student else None
+    if few and not few.config.few_steps:
+        raise ValueError(f"{student=} was not distilled for few steps: give a pipeline that 27_distill made")
     shutil.rmtree(WEIGHTS / "XS" / "student", ignore_errors=True)  # that of the UNet before
     save_pipeline(pipe, WEIGHTS / "XS")
     if few:

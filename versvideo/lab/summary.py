@@ -41,13 +41,11 @@ def generation_rows(judge: dict, scores: dict) -> list[tuple]:  # Of 33_judge an
             ("FVD by our classifier: generated clips; a second set of rendered clips", distance, "scores")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-14
-def few_step_row(few: dict) -> list[tuple]:  # Of 35_few_steps
-    "How often a clip shows all that its prompt asks for: by the teacher with most steps, and by its student."
-    most, *rest = sorted(few["rows"], key=lambda row: (row["model"] == "student", -row["steps"]))
-    student = [row for row in rest if row["model"] == "student"]
-    names = "; ".join(f"student, {row['steps']}" for row in student)
-    return [(f"clips with all four right, by steps: teacher, {most['steps']}; {names}",
-             "; ".join(percent(row["all"]) for row in (most, *student)), "few")]
+def few_step_row(judge: dict, few: dict) -> list[tuple]:  # Of 33_judge, for a model and for its student
+    "How often a clip shows all that its prompt asks for, by the model and by its student."
+    change = format_interval(few["outline change, ratio"])
+    return [("clips with all four right: the model in 25 steps; its student in 4, and how its outlines change",
+             f"{percent(judge['all'])}; {percent(few['all'])}, {change} times", "few")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-15
 def court_row(court: dict) -> list[tuple]:  # Of 45_court
@@ -99,8 +97,8 @@ def summary(
     runs = dict(judge=judge, scores=scores, few=few, court=court, follow=follow, style=style, decoder=decoder,
                 variants=variants, inside=inside, cost=cost)
     read = {name: relabel(read_json(Path(root) / run / "metrics.json")) for name, run in runs.items()}
-    rows = [*generation_rows(read["judge"], read["scores"]), *few_step_row(read["few"]), *court_row(read["court"]),
-            *control_rows(read["follow"], read["style"]), *decoder_rows(read["decoder"]),
+    rows = [*generation_rows(read["judge"], read["scores"]), *few_step_row(read["judge"], read["few"]),
+            *court_row(read["court"]), *control_rows(read["follow"], read["style"]), *decoder_rows(read["decoder"]),
             *part_rows(read["variants"], read["inside"], read["cost"])]
     return [{"what": what, "value": value, "record": f"[{runs[name]}](results/{runs[name]}.ipynb)"}
             for what, value, name in rows]

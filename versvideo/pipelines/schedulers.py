@@ -43,7 +43,7 @@ def check_scheduler(
     if needed != ["model_output", "timestep", "sample"]:
         raise ValueError(f"{kind} cannot drive this model: its steps need {', '.join(needed)}; {choices}")
     if few_steps and kind not in DISTILLED:
-        raise ValueError(f"{kind} cannot drive this model: it was distilled for few steps; give LCM or TCD, or load "
+        raise ValueError(f"{kind} cannot drive this model, which was distilled for few steps; give LCM or TCD, or load "
                          "the model that it was distilled from")
 
 # %% ../../nbs/pipelines/schedulers.ipynb #schedulers-09
