@@ -189,7 +189,7 @@ endif
 # on a GPU and puts them into the embedded model, then measures both, and the cost of the larger sizes.
 # (Records that name the embedded model as their start began with the same weights.)
 # The records in results/h200 were made before the last two rounds of the UNet, which the ControlNet and the adapter then had
-# a last round on; 54_excitations-XS was measured before them as well, 54_excitations-centred-XS between the two.
+# a last round on; 54_excitations-XS was measured before them as well.
 XS := versvideo/weights/XS
 results-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make results-gpu needs a GPU")'
