@@ -137,7 +137,8 @@ results: $(INSTALLED)
 	$(BIN)/versvideo results ship results/20_train_unet-flat-XS-s3/weights results/21_train_vae-tcm2-XS-s1/weights \
 	    results/21_train_vae-styles-XS-s0/weights results/24_train_clip-vision-XS-s0/weights \
 	    results/25_train_classifier-XS-s0/weights \
-	    results/22_train_controlnet-flat-XS-s3/weights results/23_train_style-flat-XS-s4/weights results/27_distill-XS-s0/weights
+	    results/22_train_controlnet-flat-XS-s3/weights results/23_train_style-flat-XS-s4/weights results/27_distill-XS-s0/weights \
+	    to_q,to_k,to_v
 	$(RUN) nbs/33_judge.ipynb --out results/33_judge-XS-s0.ipynb prompts=256 out=results/33_judge-XS-s0
 	$(RUN) nbs/33_judge.ipynb --out results/33_judge-student-XS.ipynb \
 	    prompts=256 student=True out=results/33_judge-student-XS
@@ -201,7 +202,7 @@ results-gpu: $(INSTALLED)
 	    out=results/h200/23_train_style-styles2-XS-s3
 	$(BIN)/versvideo results ship $(XS) $(XS)/vae $(XS)/image_vae $(XS) $(XS)/classifier \
 	    results/h200/22_train_controlnet-styles2-XS-s2/weights results/h200/23_train_style-styles2-XS-s3/weights \
-	    results/27_distill-XS-s0/weights
+	    results/27_distill-XS-s0/weights to_q,to_k,to_v
 	$(RUN) nbs/43_follow.ipynb --out results/h200/43_follow-XS.ipynb size=XS n=96 batch=96 guidance=2 out=results/h200/43_follow-XS
 	$(RUN) nbs/44_style.ipynb --out results/h200/44_style-XS.ipynb size=XS n=96 batch=96 out=results/h200/44_style-XS
 	$(RUN) nbs/61_gpu.ipynb --out results/h200/61_gpu-H.ipynb sizes="L H" batches="16 4" forms="eager layers whole" \

@@ -264,7 +264,7 @@ def test_file_sizes():
     large = [str(p) for p in files if p.stat().st_size > 25 * MEGABYTE]
     assert not large, f"over 25 MB: {large}"
     weights = sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
-    assert weights <= 32 * MEGABYTE
+    assert weights <= 32e6
     for folder, limit in (("nbs", 100_000), ("results", 500_000)):
         notebooks = [p for p in files if p.suffix == ".ipynb" and p.is_relative_to(REPO / folder)]
         assert not [p.name for p in notebooks if p.stat().st_size > limit]

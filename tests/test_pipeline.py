@@ -654,7 +654,7 @@ def test_embedded_weights_are_small_and_half():
     files = list(folder.rglob("*.safetensors"))
     assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "image_encoder", "image_vae",
                                               "classifier", "controlnet", "style_adapter", "student"}
-    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 32 * 2**20
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 32e6
     for file in files:
         with safe_open(file, "pt") as weights:
             assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}

@@ -164,7 +164,7 @@ def sampling(
 def load_model(args: argparse.Namespace):  # A `VersVideoPipeline`
     "The model that is asked for, or the student beside it."
     from versvideo.pipelines.loading import load_pipeline, prefer_student
-    needs_teacher = (args.teacher, args.guidance, args.negative, args.style, args.command == "edit",
+    needs_teacher = (args.teacher, (args.guidance or 1) > 1, args.negative, args.style, args.command == "edit",
                      getattr(args, "image", None))
     return load_pipeline(args.model, student=prefer_student(args.model, args.steps, *needs_teacher))
 

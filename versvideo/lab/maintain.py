@@ -132,6 +132,7 @@ def ship(
     control: str = "",  # Folder of a pipeline, whose ControlNet ships
     style: str = "",    # Folder of a pipeline, whose style adapter ships
     student: str = "",  # Folder of a pipeline that 27_distill made from this UNet
+    shared: str = "",   # Parts of names of its weights, separated by commas, that are stored as the UNet's
 ) -> Path:
     "Put what was trained together as the pipeline that the package holds; ValueError for parts that do not fit."
     from versvideo.core.files import WEIGHTS
@@ -158,7 +159,7 @@ def ship(
     shutil.rmtree(WEIGHTS / "XS" / "student", ignore_errors=True)  # that of the UNet before
     save_pipeline(pipe, WEIGHTS / "XS")
     if few:
-        save_student(few, pipe, WEIGHTS / "XS")
+        save_student(few, pipe, WEIGHTS / "XS", tuple(shared.split(",")) if shared else ())
     save_model(encoder, WEIGHTS / "XS" / "image_vae")
     save_model(ShapesNet.from_pretrained(repo_path(classifier)), WEIGHTS / "XS" / "classifier")
     return WEIGHTS / "XS"

@@ -219,11 +219,16 @@ def usual_steps(
     steps: int | None,       # `num_inference_steps` as given by the user
     guidance: float | None,  # `guidance_scale`, likewise
     of_style: float | None = None,  # `style_guidance`
+    negative: str | list[str] | None = None,  # `negative_prompt`
 ) -> tuple[int, float]:
     "Steps and guidance scale, with those not given filled in; ValueError for guidance of a distilled model."
-    for name, scale in dict(guidance_scale=guidance, style_guidance=of_style).items():
-        if few_steps and (scale or 0) > 1:
-            raise ValueError(f"{name}={scale}: this model was distilled and takes no guidance: leave it out, or load "
+    asked = {name: scale for name, scale in dict(guidance_scale=guidance, style_guidance=of_style).items()
+             if (scale or 0) > 1}
+    if any([negative] if isinstance(negative, str) else negative or []):
+        asked["negative_prompt"] = negative
+    for name, value in asked.items():
+        if few_steps:
+            raise ValueError(f"{name}={value!r}: this model was distilled and takes no guidance: leave it out, or load "
                              "the model that it was distilled from")
     usual = (few_steps, 1.0) if few_steps else (25, 4.0)
     return tuple(own if value is None else value for own, value in zip(usual, (steps, guidance), strict=True))

@@ -17,7 +17,7 @@ from ..core.machine import as_device, require_memory
 from ..core.records import read_json
 from ..models.saving import check_loaded, check_saved, quiet_bars
 from ..models.sizes import SIZES
-from .schedulers import get_scheduler
+from .schedulers import check_scheduler, get_scheduler
 from .student import MOST_STEPS, become_student, has_student
 from .text_to_video import VersVideoPipeline
 
@@ -119,6 +119,7 @@ def load_pipeline(
     pipe = read_pipeline(folder, dtype, variant, student)
     if scheduler is not None:
         pipe.register_modules(scheduler=get_scheduler(scheduler, pipe.scheduler.config))
+        check_scheduler(pipe.scheduler, pipe.config.few_steps)
     return pipe.to(device)
 
 # %% ../../nbs/pipelines/loading.ipynb #loading-17

@@ -38,15 +38,17 @@ def save_student(
     student: VersVideoPipeline,  # That 27_distill made
     teacher: VersVideoPipeline,  # As loaded from the folder
     folder: str | Path,          # Of the teacher; its `student` is made, or replaced
+    shared: tuple = (),          # Parts of names of weights that are stored as the teacher's, though they were trained
 ) -> Path:                       # `folder/student`
     "Write the UNet weights in which a student differs, in half precision; ValueError for a model that is no student."
     if not student.config.few_steps:
         raise ValueError("student was not distilled for few steps: give a pipeline that 27_distill made")
     half = lambda unet: {name: weight.half().contiguous() for name, weight in unet.state_dict().items()}
-    own, shared = half(student.unet), half(teacher.unet)
-    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in shared.items()}:
+    own, before = half(student.unet), half(teacher.unet)
+    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in before.items()}:
         raise ValueError("student has another UNet than teacher: give the pipeline that it was distilled from")
-    changed = {name: weight for name, weight in own.items() if not torch.equal(weight, shared[name])}
+    changed = {name: weight for name, weight in own.items()
+               if not (torch.equal(weight, before[name]) or any(part in name for part in shared))}
     settings = dict(few_steps=student.config.few_steps, teacher=teacher_digest(folder),
                     original_inference_steps=student.scheduler.config.original_inference_steps)
     with atomic_path(Path(folder) / "student") as temp:
@@ -77,10 +79,12 @@ def become_student(
                                     "or distil one with 27_distill")
     settings = read_object(home / "config.json")
     if settings.get("teacher") != teacher_digest(folder, variant):
-        raise ValueError(f"the student in {home} was distilled from another UNet than that of {folder}: leave student "
-                         f"out, or {remedy(home)}")
+        raise ValueError(f"the student in {home} was distilled from another UNet than that of {folder}: ask for the "
+                         f"model itself (student=False, --teacher, teacher=True), or {remedy(home)}")
     stored_sizes(weights)  # names the file where it is damaged
-    pipe.unet.load_state_dict(load_file(weights), strict=False)
+    unknown = pipe.unet.load_state_dict(load_file(weights), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{weights} has weights that the UNet lacks, such as {unknown[0]}: {remedy(home)}")
     steps = settings["original_inference_steps"]
     pipe.register_modules(scheduler=LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=steps))
     pipe.register_to_config(few_steps=settings["few_steps"])

@@ -75,7 +75,8 @@ class VersVideoPipeline(LoraMixin, VideoDenoiser):
         check_settings(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt,
                        eta=eta, decode_chunk_size=decode_chunk_size, guidance_scale=guidance_scale,
                        guidance_rescale=guidance_rescale, style_scale=style_scale, style_guidance=style_guidance)
-        steps, guidance_scale = usual_steps(self.config.few_steps, num_inference_steps, guidance_scale, style_guidance)
+        steps, guidance_scale = usual_steps(self.config.few_steps, num_inference_steps, guidance_scale, style_guidance,
+                                            negative_prompt)
         size = latent_size(*size_of_conditions(conditions, num_frames, height, width), self.unet.config.sample_size,
                            self.vae_scale_factor)
         generator, convert = as_generators(generator), output_converter(output_type)

@@ -224,9 +224,9 @@ class CaptionsLoss(NoiseLoss):
         super().__init__(pipe, plan)
         self.data, self.style_dropout, self.seed = data, style_dropout, seed
         sizes = self.sizes() if even or not style_dropout else {}
-        self.largest, device = max(sizes.values(), default=1.0), pipe.unet.device
-        self.factors = torch.tensor([self.largest / sizes.get(kind, self.largest) if even else 1.0
-                                     for kind in data.kinds], device=device)
+        self.largest = max(sizes.values(), default=1.0)
+        factors = [self.largest / sizes.get(kind, self.largest) if even else 1.0 for kind in data.kinds]
+        self.factors = torch.tensor(factors, device=pipe.unet.device)
 
     def noised(self, x: torch.Tensor) -> tuple:
         "Latents with noise, and its steps."
@@ -272,9 +272,8 @@ class CaptionsLoss(NoiseLoss):
                  for kind in self.data.named}
         mute = [kind for kind, size in sizes.items() if not size > 0]
         if mute:
-            raise ValueError("even=True or style_dropout=0: what this UNet predicts does not change where a caption "
-                             f"names {', '.join(mute)}, or no clip has it: train the UNet on such captions, or leave "
-                             "even and style_dropout out")
+            raise ValueError("even=True, style_dropout=0: what this UNet predicts does not change where a caption names "
+                             f"{', '.join(mute)}, or no clip has it: train it on such captions, or give its dropout")
         return sizes
 
     def __call__(self, style: StyleAdapter, batch: dict) -> dict:
