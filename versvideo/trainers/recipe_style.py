@@ -272,8 +272,8 @@ class CaptionsLoss(NoiseLoss):
                  for kind in self.data.named}
         mute = [kind for kind, size in sizes.items() if not size > 0]
         if mute:
-            raise ValueError("even=True, style_dropout=0: what this UNet predicts does not change where a caption names "
-                             f"{', '.join(mute)}, or no clip has it: train it on such captions, or give its dropout")
+            raise ValueError("even=True or style_dropout=0: what this UNet predicts does not change where a caption "
+                             f"names {', '.join(mute)}, or no clip has it: train it so, or give its style_dropout")
         return sizes
 
     def __call__(self, style: StyleAdapter, batch: dict) -> dict:
