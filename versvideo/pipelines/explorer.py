@@ -86,9 +86,9 @@ class PromptWidgets:
         self.text = w.Text(value="a red circle moving left on a navy background", description="prompt",
                            layout=w.Layout(width="98%"), style=style)
         self.seed = w.IntText(value=0, description="seed", style=style)
-        self.steps = w.IntSlider(value=steps, min=1, max=100, description="steps", style=style)
+        self.steps = w.IntSlider(value=steps, min=1, max=8 if few_steps else 100, description="steps", style=style)
         self.guidance = slider(guidance, 15, "guidance")
-        self.box = w.VBox([self.text, w.HBox([self.seed, self.steps, self.guidance])])
+        self.box = w.VBox([self.text, w.HBox([self.seed, self.steps, *[self.guidance] * (not few_steps)])])
 
     def arguments(self) -> dict:
         "Of the pipeline."
