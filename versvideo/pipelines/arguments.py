@@ -224,7 +224,7 @@ def usual_steps(
     "Steps and guidance scale, with those not given filled in; ValueError for guidance of a distilled model."
     asked = {name: scale for name, scale in dict(guidance_scale=guidance, style_guidance=of_style).items()
              if (scale or 0) > 1}
-    if any([negative] if isinstance(negative, str) else negative or []):
+    if any(negative if isinstance(negative, (list, tuple)) else [negative]):
         asked["negative_prompt"] = negative
     for name, value in asked.items():
         if few_steps:
