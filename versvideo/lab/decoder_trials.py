@@ -33,6 +33,7 @@ class DecoderBudget:
 
     size: str       # smoke | XS
     steps: int = 0  # Optimiser steps; 0: the size's own number
+    batch: int = 0  # Clips; 0: the size's own number
     perceptual: str = "clip"  # Perceptual distance of the loss and the scores: clip | lpips
 
 # %% ../../nbs/lab/decoder_trials.ipynb #decoder-trials-08

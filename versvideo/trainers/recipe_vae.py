@@ -39,7 +39,7 @@ VAE_RUNS = {
         "smoke": FitConfig(steps=4, batch_size=2, lr=7e-4, warmup=1, log_every=1, save_every=4, mixed_precision="bf16",
                            pretrained_share=0.3),
         "XS": FitConfig(steps=4000, batch_size=4, lr=5e-4, warmup=100, ema_decay=0.99, grad_clip=5.0, log_every=50,
-                        save_every=100, mixed_precision="bf16", pretrained_share=0.5),
+                        save_every=100, pretrained_share=0.5),
     } | dict.fromkeys(("S", "L", "H"), LARGE_VAE_RUN),
 }
 PARTS = ("tcm", "refinement", "discriminator", "consistency")  # Of the video decoder; each can be left out
@@ -79,6 +79,8 @@ def resolve_vae(
     if stage == "image" and (without or decoder or mapped or paper_weights):
         raise ValueError(f"stage image takes no {without=}, {decoder=}, {consistency=} or {paper_weights=}: they "
                          "belong to stage tcm")
+    if stage == "image" and (batch := changes.get("batch", 0)) % 2:
+        raise ValueError(f"{batch=}: stage image takes two frames of each clip, so give an even number")
     if mapped and "consistency" in missing:
         raise ValueError(f"{without=} leaves out the term that {consistency=} changes: give one of them")
     if decoder and without:
