@@ -149,7 +149,7 @@ def test_a_pipeline_of_others_stands_in_a_table_beside_ours(tmp_path):
         def protocol(metric, extractor, against, notes="", how=made[name]):
             return bench.protocol(metric, extractor, against, notes=notes, **how)
         rows[name] = compute_scores(where, judges, protocol, "" if name == "real" else sets["real"], texts)
-    assert list(rows) == ["real", "real, second set", "ours", peer]
+    assert list(rows) == ["real", "real, second set", "real, same texts", "ours", peer]
     assert set(rows[peer]) == {"FVD on shapes", "CLIPSIM on clip:XS", "FC on clip:XS"}
     assert rows[peer]["FC on clip:XS"].value != rows["ours"]["FC on clip:XS"].value
     with pytest.raises(ValueError, match="different protocols"):

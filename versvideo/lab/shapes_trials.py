@@ -55,7 +55,7 @@ def ablation_benchmark(
                     f"world {budget.world}, seed {budget.held_out}; classes: shape and motion", budget.clip[0])
     labels = [a["objects"][0]["motion"] for a in attributes]
     return Benchmark(preset, [class_sentence(a) for a in attributes], labels, attributes, numbers, budget.clip[0],
-                     geometry, geometry, lambda numbers: world.batch(list(numbers)).clips, None, {})
+                     geometry, geometry, lambda numbers: world.batch(list(numbers)).clips, {}, {})
 
 # %% ../../nbs/lab/shapes_trials.ipynb #shapes-trials-07
 def protocols_of(
