@@ -32,13 +32,14 @@ def marked(
 def generation_rows(judge: dict, scores: dict) -> list[tuple]:  # Of 33_judge and 40_table1_msrvtt
     "What is read in generated clips, and their Fréchet distance."
     right = ", ".join(percent(judge[name]) for name in ("colour", "background", "motion", "shape"))
-    ours, floor = (scores[name]["FVD on shapes"] for name in ("ours", "real, second set"))
-    distance = "; ".join(format_interval(v, ".1f") for v in (ours, floor))
+    sets = ("ours", "real, same texts", "real, second set")
+    distance = "; ".join(format_interval(scores[name]["FVD on shapes"], ".1f") for name in sets)
     overlap, change = (format_interval(judge[f"outline {what}, ratio"]) for what in ("overlap", "change"))
     return [("clips with the colour, background, motion, shape of the prompt", right, "judge"),
             ("outlines, relative to rendered clips: overlap with an ideal shape; change from frame to frame",
              f"{overlap} times; {change} times", "judge"),
-            ("FVD by our classifier: generated clips; a second set of rendered clips", distance, "scores")]
+            ("FVD by our classifier: generated clips; rendered clips of the same texts; of other texts", distance,
+             "scores")]
 
 # %% ../../nbs/lab/summary.ipynb #summary-14
 def few_step_row(judge: dict, few: dict) -> list[tuple]:  # Of 33_judge, for a model and for its student
