@@ -193,16 +193,17 @@ def read_motion(
     "The motion that explains each track."
     b, t = x.shape
     s, off, track = np.linspace(0, 1, t) if times is None else times, np.zeros(t), np.concatenate([x, y], 1)
-    ring, hop = np.radians(355) * s, -abs(np.sin(2 * np.pi * s))
-    paths = (((s, off),), ((off, s),), ((off, hop),),
-             ((np.sin(ring), -np.cos(ring)), (np.cos(ring), np.sin(ring))))
+    ring, phases = np.radians(355) * s, np.pi * np.arange(15) / 15
+    hops = [-abs(np.sin(2 * np.pi * s + phase)) for phase in phases]  # of a longer clip, from anywhere in a hop
+    paths = (((s, off),), ((off, s),), ((np.sin(ring), -np.cos(ring)), (np.cos(ring), np.sin(ring))),
+             *(((off, hop),) for hop in hops))
     errors, sizes = (np.stack(z) for z in zip(*(_fit_path(track, *path) for path in paths), strict=True))
     best = np.argmin(errors, 0)
-    size = sizes[best, np.arange(b)]
-    least = np.array([0.15, 0.15, 0.12, 0.08])[best]
+    size, best = sizes[best, np.arange(b)], np.minimum(best, 3)
+    least = np.array([0.15, 0.15, 0.08, 0.12])[best]
     far = np.where(best < 2, abs(size), size) > least
     moves = far & (np.min(errors, 0) < 0.5 * _fit_path(track)[0])
-    names = np.array([["left", "up", "bounce", "orbit"], ["right", "down", "bounce", "orbit"]])
+    names = np.array([["left", "up", "orbit", "bounce"], ["right", "down", "orbit", "bounce"]])
     growth = (np.log(radius) @ np.linalg.pinv(np.stack([np.ones(t), s], 1)).T)[:, 1]
     inner = np.where(turn >= 90, "spin", "still")
     inner = np.where(abs(growth) > np.log(1.3), np.where(growth > 0, "grow", "shrink"), inner)
