@@ -147,7 +147,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/42_reconstruction.ipynb --out results/42_reconstruction-XS-s1.ipynb \
 	    size=XS n=64 seed=1 perceptual=clip out=results/42_reconstruction-XS-s1
 	$(RUN) nbs/43_follow.ipynb --out results/43_follow-XS.ipynb size=XS n=16 guidance=2 out=results/43_follow-XS
-	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=16 out=results/44_style-XS
+	$(RUN) nbs/44_style.ipynb --out results/44_style-XS.ipynb size=XS n=96 out=results/44_style-XS
 	$(RUN) nbs/40_table1_msrvtt.ipynb --out results/40_table1_msrvtt-XS.ipynb size=XS out=results/40_table1_msrvtt-XS
 	$(RUN) nbs/41_table2_ucf101.ipynb --out results/41_table2_ucf101-XS.ipynb size=XS out=results/41_table2_ucf101-XS
 	$(RUN) nbs/45_court.ipynb --out results/45_court-XS.ipynb n=256 sizes=16,32,64 doses=0.3,1 faults= repeats=12 paired=32 \

@@ -157,7 +157,7 @@ def sampling(
     if args.style:
         from versvideo.media.video import read_picture
         asked |= dict(style_image=read_picture(args.style))
-        asked |= {} if few_steps else dict(style_guidance=6.0, guidance_rescale=0.7)
+        asked |= {} if few_steps else dict(style_guidance=4.0, guidance_rescale=0.7)
     return asked
 
 # %% ../nbs/cli.ipynb #cli-25

@@ -137,7 +137,7 @@ class StyleWidgets:
     ):
         w, self.guided = load_widgets(), not few_steps
         self.picture = w.FileUpload(accept="image/*", description="style picture")
-        self.scale, self.guidance = slider(1.0, 2, "strength"), slider(6.0, 12, "guidance")
+        self.scale, self.guidance = slider(1.0, 2, "strength"), slider(4.0, 12, "guidance")
         self.box = w.HBox([self.picture, self.scale, *[self.guidance] * self.guided])
 
     def arguments(self) -> dict:
