@@ -175,7 +175,7 @@ class NoisePrediction(PromptEncoding):
     def predict_noise(
         self,
         latents: torch.Tensor,                        # Noisy, `b c t h w`
-        t_idx: torch.Tensor | int,                    # Diffusion step
+        t_idx: torch.Tensor | int,                    # Diffusion step, or one for each frame, `b t`
         prompt_embeds: torch.Tensor,                  # `b n d`
         negative_prompt_embeds: torch.Tensor | None,  # `b n d`; None without guidance
         style: Style | None = None,
@@ -189,7 +189,8 @@ class NoisePrediction(PromptEncoding):
         extra = {} if passes.weights is None else dict(token_weights=passes.weights)
         if control is not None:
             extra |= self.control_residuals(x, t_idx, passes, control, memory)
-        predictions = passes.split(self.unet(x, t_idx, passes.tokens, **extra).sample.float())
+        steps = passes.repeat(t_idx) if torch.is_tensor(t_idx) and t_idx.ndim == 2 else t_idx
+        predictions = passes.split(self.unet(x, steps, passes.tokens, **extra).sample.float())
         level = velocity_level(self.scheduler, t_idx)
         return guide(predictions, passes.scales, self.guidance_rescale, level and (*level, noisy))
 
