@@ -94,7 +94,8 @@ def add_compare(commands) -> None:
                                         "paper or repository")
     compare.add_argument("--real", default="", help="folder of the real videos")
     compare.add_argument("--clips", default="", help="folder of the generated videos, where neither is one")
-    compare.add_argument("--judge", default="shapes", metavar="NAME=FILE", help="the network (default: shapes)")
+    compare.add_argument("--judge", default="shapes", metavar="NAME=FILE",
+                         help="the network (default: shapes), or two, separated by a comma: one for each score")
     compare.add_argument("--n", type=int, default=0, help="clips of each set, for both (default: as each has it)")
     compare.add_argument("--geometry", default="", help='size of the frames, for both, such as "224 squashed"')
     compare.add_argument("-o", "--out", help="JPEG file of a diagram")

@@ -305,21 +305,21 @@ def measure_gap(
     a: Recipe,             # Complete, with folders as clips
     b: Recipe,
     real: str,             # Folder of the real videos
-    extractor: Extractor,
+    extractors: dict,      # Name to `Extractor`, those that the recipes name
 ) -> Gap:
     "Take the difference of two recipes apart on videos in folders. Warns where there are fewer than it asks for."
     if not (a.clips and b.clips):
         raise ValueError("these are not both folders of videos: give clips=, the folder of those to score")
     videos = {name: FolderVideos(name, max(a.frames, b.frames)) for name in (a.clips, b.clips)}
     shown = FolderVideos(real, max((r.frames - 1) * r.stride + 1 for r in (a, b)))
-    measure = Measure(shown, videos, {extractor.name: extractor})
+    measure = Measure(shown, videos, extractors)
     for r in (a, b):
         if 2 <= measure.count(r) < r.n < ALL:
             warnings.warn(f"n={r.n} becomes {measure.count(r)}: there are no more videos of {r.clips}, or real ones",
                           stacklevel=2)
-        if r.extractor != extractor.name:
-            raise ValueError(f"the score was made with {r.extractor!r}, the judge is {extractor.name!r}: give judge=, "
-                             "that network and its file")
+        if r.extractor not in extractors:
+            raise ValueError(f"the score was made with {r.extractor!r}, the judge is {', '.join(extractors)}: give "
+                             "judge=, that network and its file")
     return explain(a, b, measure)
 
 # %% ../../nbs/metrics/gap.ipynb #gap-30
@@ -328,7 +328,7 @@ def compare(
     b: str,              # The other one
     real: str = "",      # Folder of the real videos; empty: nothing is measured
     clips: str = "",     # Folder of the generated videos, where neither a nor b is one
-    judge: str = "shapes",  # The network, NAME or NAME=FILE, as of `load_extractor`
+    judge: str = "shapes",  # The network, NAME or NAME=FILE, as of `load_extractor`; two, with a comma: one for each
     n: int = 0,          # Clips of each set, in place of what the recipes say; 0: as they say, or all
     geometry: str = "",  # As of `fit_frames`, likewise; empty: as they say, or 224 squashed
 ) -> Gap | Table:        # A table of the differences, where nothing is measured
@@ -339,7 +339,7 @@ def compare(
     a, b : folders of generated videos, JSON files of a `Score`, presets of `benchmark`, or repositories
     real : folder of the real videos
     clips : folder of the generated videos, where a and b are recipes
-    judge : the network, for example i3d=i3d_torchscript.pt
+    judge : the network, for example i3d=i3d_torchscript.pt; or that of a and that of b, separated by a comma
     n : clips of each set, in place of what the recipes say
     geometry : size of the frames, likewise
 
@@ -361,5 +361,9 @@ def compare(
         rows = [dict(field=name, first=str(getattr(first, name)), second=str(getattr(second, name)))
                 for name in differing(first, second)]
         return Table(rows or [dict(field="none", first="", second="")])
-    extractor = load_extractor(*judge.partition("=")[::2])
-    return measure_gap(*fill_in(*recipes, replace(default, clips=clips, extractor=extractor.name)), real, extractor)
+    judges = [load_extractor(*name.strip().partition("=")[::2]) for name in judge.split(",")]
+    if len(judges) > 2:
+        raise ValueError(f"judge={judge!r} names {len(judges)} networks: give one, or one for each of the two scores")
+    recipes = [r if r.extractor else replace(r, extractor=one.name)
+               for r, one in zip(recipes, (judges[0], judges[-1]), strict=True)]
+    return measure_gap(*fill_in(*recipes, replace(default, clips=clips)), real, {one.name: one for one in judges})
