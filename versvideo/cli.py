@@ -34,7 +34,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; 1: none (default: 4, edit: 2)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another video (default: 0)")
     parser.add_argument("--style", help="a picture whose drawing style is wanted")
-    parser.add_argument("--frames", type=int, help="number of frames (default: as trained)")
+    parser.add_argument("--frames", type=int, help="number of frames (default: as trained; edit: all)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: as trained)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: as trained)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames a second of the result (default: 8)")
@@ -202,7 +202,7 @@ def edit(args: argparse.Namespace) -> None:
     check_edit(args.model, args.prompt, given, **asked, **sampling(args, 2.0))
     pipe = load_model(args)
     asked |= sampling(args, 2.0, pipe.config.few_steps)
-    size = tuple(n or own for n, own in zip(given, pipe.trained_size, strict=True))
+    size = (args.frames, args.height or pipe.trained_size[1], args.width or pipe.trained_size[2])
     clip = read_clip(args.video, size, fps=args.fps)[None]
     say(f"extracting {args.conditions} from {args.video}, then generating ...")
     done = edit_clip(pipe, clip, args.prompt, generator=torch.Generator().manual_seed(args.seed), **asked)

@@ -300,11 +300,11 @@ def read_facts(
 # %% ../../nbs/media/video.ipynb #video-76
 def read_clip(
     path: str | Path,            # A video
-    size: tuple[int, int, int],  # `(t, h, w)`; `t` is the largest number of frames
+    size: tuple,                 # `(t, h, w)`; `t` is the largest number of frames, None for all
     fps: float = 8,              # Frames taken of each second
     reader: str = "",            # As of `read_video`
 ) -> torch.Tensor:               # uint8 `3 t h w`
-    "First seconds of a video at a steady rate, cut to a size; errors as of `read_video`."
+    "A video, or its first seconds, at a steady rate, cut to a size; errors as of `read_video`."
     return read_video(path, frames=size[0], fps=fps, fit=partial(cover, size=size[1:]), reader=reader)
 
 # %% ../../nbs/media/video.ipynb #video-80

@@ -121,7 +121,8 @@ def edit_clip(
     Parameters
     ----------
     pipe : a `VersVideoPipeline`, with a ControlNet for conditions, and a style adapter for `style_image`
-    clip : uint8 `1 3 t h w`, such as `read_clip(path, pipe.trained_size)[None]`; the result has its size
+    clip : uint8 `1 3 t h w`, such as `read_clip(path, pipe.trained_size)[None]`; the result has its size. One that is
+        longer than the clips of training is denoised in windows of their length, unless `window_frames` says otherwise
     prompt : what the result shows
     conditions : names of what is extracted from the clip, or one string such as "canny,image"
     options : condition to options of `extract_condition`, such as {"canny": {"low": 50}}
@@ -138,8 +139,9 @@ def edit_clip(
     names, options = check_names(trained_conditions(pipe), conditions, options), options or {}
     device = pipe._execution_device
     maps = {name: extract_condition(name, clip.to(device), **options.get(name, {})).cpu() for name in names}
-    t, h, w = clip.shape[2:]
-    videos = pipe(prompt, num_frames=t, height=h, width=w, conditions=maps or None, **arguments).videos
+    (t, h, w), trained = clip.shape[2:], pipe.trained_size[0]
+    windows = dict(window_frames=trained) if t > trained else {}
+    videos = pipe(prompt, num_frames=t, height=h, width=w, conditions=maps or None, **windows | arguments).videos
     return Edit(prompt, clip, maps, videos.cpu())
 
 # %% ../../nbs/pipelines/edit.ipynb #edit-27
@@ -282,7 +284,7 @@ def edit_files(
     video : a file or a folder
     prompt : what the results show
     folder : of the results, NAME-edit.mp4, NAME-edit-beside.mp4 and NAME-edit.jpg for each video
-    size : `(t, h, w)` of the results, t at most
+    size : `(t, h, w)` of the results, t at most; None as t: whole videos
     fps : frames taken of each second, and shown
     seed : of the noise, the same for every video
     **arguments : of `edit_clip`, such as `conditions` and `options`
@@ -297,7 +299,7 @@ def edit_files(
     """
     paths = video_paths(Path(video), Path(folder))
     if paths:
-        dry_run(pipe, size, prompt, arguments)
+        dry_run(pipe, (size[0] or pipe.trained_size[0], *size[1:]), prompt, arguments)
     done = collect_edits(
         paths, lambda path: read_clip(path, size, fps)[None],
         lambda clip: edit_clip(pipe, clip, prompt, generator=torch.Generator().manual_seed(seed), **arguments),
