@@ -166,8 +166,9 @@ results: $(INSTALLED)
 	    n=24 clips=24 steps=10 start_seed=0 out=results/54_excitations-XS
 	$(RUN) nbs/54_excitations.ipynb --out results/54_excitations-centred-XS.ipynb \
 	    n=24 clips=24 steps=10 out=results/54_excitations-centred-XS
-	OMP_NUM_THREADS=1 $(RUN) nbs/53_ablation_vae.ipynb --out results/53_ablation_vae-XS.ipynb size=XS steps=400 seeds=3 at_once=2 \
-	    parts=tcm,tcm+refinement,refinement,discriminator,consistency out=results/53_ablation_vae-XS
+	OMP_NUM_THREADS=1 $(RUN) nbs/56_ablation_decoder.ipynb --out results/56_ablation_decoder-XS.ipynb size=XS steps=2000 batch=2 \
+	    seeds=3 at_once=2 only="image decoder, trained on; without TCM; without refinement; all" \
+	    out=results/56_ablation_decoder-XS
 	$(RUN) nbs/60_cost.ipynb --out results/60_cost-H.ipynb \
 	    size=H apart=L learner=S latent=8x16x16 batch=8 channels=320 rounds=9 compiled=True out=results/60_cost-H
 	$(RUN) nbs/62_decoder_cost.ipynb --out results/62_decoder_cost-SD.ipynb \

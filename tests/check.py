@@ -250,7 +250,7 @@ def run_notebooks(folder: Path) -> dict[str, Callable]:
             if path.stem not in (*ablations, "30_generate")]
     runs += [("21_train_vae", "stage=tcm", "perceptual=clip", "without=tcm+refinement"),
              ("23_train_style", "model=XS", "stage=captions", "even=True", "adapter=versvideo/weights/XS", "workers=1")]
-    runs.sort(key=lambda run: not run[0].startswith(("53", "61", "65")))  # the longest first
+    runs.sort(key=lambda run: not run[0].startswith(("56", "61", "65")))  # the longest first
     jobs = {", ".join(ablations): lambda: [in_a_shell(name, f"only={only}", *same) for name, only in ablations.items()]}
     return jobs | {" ".join(run): partial(in_a_shell, *run) for run in runs}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'VARIANTS', 'COSTS', 'TABLES', 'relabel', 'format_interval', 'recogniser_rows', 'goal_rows', 'decoder_rows',
-           'decoder_part_rows', 'score_rows', 'ablation_rows', 'court_rows', 'cost_rows', 'gpu_rows']
+           'score_rows', 'ablation_rows', 'court_rows', 'cost_rows', 'gpu_rows']
 
 # %% ../../nbs/lab/tables.ipynb #tables-03
 import csv
@@ -88,14 +88,14 @@ def recogniser_rows(folder: Path, run: str) -> list:
     found = read_json(folder / run / "metrics.json")
     return [{name: _percent(found[name]) for name in ("colour", "background", "motion", "shape")}]
 
-# %% ../../nbs/lab/tables.ipynb #tables-16
+# %% ../../nbs/lab/tables.ipynb #tables-15
 def goal_rows(folder: Path, *runs: str) -> list:
     "Measures with their goals (43_follow, 44_style)."
     found = [mark for run in runs for mark in relabel(read_json(folder / run / "metrics.json"))["marks"]]
     return [{"measure": m["measure"], "goal": m["mark"], "value": format_interval(m),
              "reached": "yes" if m["reached"] else "no"} for m in found]
 
-# %% ../../nbs/lab/tables.ipynb #tables-19
+# %% ../../nbs/lab/tables.ipynb #tables-18
 def decoder_rows(folder: Path, *runs: str) -> list:
     "The temporal decoder compared with the image decoder (42_reconstruction)."
     rows = []
@@ -114,23 +114,7 @@ def decoder_rows(folder: Path, *runs: str) -> list:
                      "FVD, TCM-VAE vs. image decoder": " vs. ".join(map(format_interval, scores))})
     return rows
 
-# %% ../../nbs/lab/tables.ipynb #tables-22
-def decoder_part_rows(folder: Path, run: str) -> list:
-    "The decoder with parts left out: mean over the seeds, smallest and largest (53_ablation_vae)."
-    with open(folder / run / "ablation.csv") as file:
-        found = {(row["without"], row["clips"]): row for row in csv.DictReader(file)}
-    cell = lambda row, names, form, unit="": format_interval([float(row[k]) for k in names], form, unit)
-    rows = []
-    for part in dict.fromkeys(part for part, _ in found):
-        kinds = {"plain clips": found[part, "one plain object"], "full clips": found[part, "everything"]}
-        flicker = {f"flicker, {kind}": cell(r, ("flicker", "flicker_low", "flicker_high"), ".3f")
-                   for kind, r in kinds.items()}
-        psnr = {f"PSNR, {kind}": cell(r, ("psnr_db", "psnr_low", "psnr_high"), "+.2f", " dB")
-                for kind, r in kinds.items()}
-        rows.append({"left out": part, **flicker, **psnr})
-    return rows
-
-# %% ../../nbs/lab/tables.ipynb #tables-25
+# %% ../../nbs/lab/tables.ipynb #tables-21
 def score_rows(folder: Path, run: str) -> list:
     "Scores of real and generated clips, each metric on the network it names (40_table1_msrvtt, 41_table2_ucf101)."
     found = relabel(read_json(folder / run / "metrics.json"))
@@ -139,8 +123,8 @@ def score_rows(folder: Path, run: str) -> list:
     cell = lambda scores, metric: format_interval(scores[metric], form(metric)) if metric in scores else ""
     return [{"clips": name} | {metric: cell(scores, metric) for metric in metrics} for name, scores in found.items()]
 
-# %% ../../nbs/lab/tables.ipynb #tables-28
-VARIANTS = {  # Name of a variant in 50 to 52: how a table shows it
+# %% ../../nbs/lab/tables.ipynb #tables-24
+VARIANTS = {  # Name of a variant in 50 to 56: how a table shows it
     "2D+1D, one FFN": "2D+1D convolution, one FFN",
     "MEC": "MEC, one FFN",
     "experts": "2D+1D convolution, experts",
@@ -153,9 +137,9 @@ VARIANTS = {  # Name of a variant in 50 to 52: how a table shows it
     "beta 0.1": "β = 0.1",
 }
 
-# %% ../../nbs/lab/tables.ipynb #tables-29
+# %% ../../nbs/lab/tables.ipynb #tables-25
 def ablation_rows(folder: Path, run: str) -> list:
-    "Variants of the UNet: each measure, its difference from the baseline, the interval over seeds (50 to 52)."
+    "Variants of a network: each measure, its difference from the baseline, the interval over seeds (50 to 52, 56)."
     found = relabel(read_json(folder / run / "metrics.json"))
 
     def cell(measure, form):
@@ -167,16 +151,20 @@ def ablation_rows(folder: Path, run: str) -> list:
         return f"{value} ({interval}{'' if verdict == 'inconclusive' else ', ' + verdict})"
 
     forms = {"loss": ("held-out error", ".4f"), "FVD": ("FVD", ".1f"), "IS": ("IS", ".2f"), "FC": ("FC", ".4f"),
-             "read_motion": ("motion right", ".2f"), "read_shape": ("shape right", ".2f")}
+             "read_motion": ("motion right", ".2f"), "read_shape": ("shape right", ".2f"),
+             "plain flicker": ("flicker, plain clips", ".4f"), "full flicker": ("flicker, full clips", ".4f"),
+             "plain psnr_db": ("PSNR, plain clips", ".2f"), "full psnr_db": ("PSNR, full clips", ".2f"),
+             "plain loss when shuffled": ("dB lost by another order, plain clips", ".2f"),
+             "full loss when shuffled": ("dB lost by another order, full clips", ".2f")}
     rows = []
     for name, row in found.items():
-        parameters = f"{row['cost']['parameters_merged'] / 1e6:.3f} M"
+        cost = {"parameters, merged": f"{row['cost']['parameters_merged'] / 1e6:.3f} M"} if "cost" in row else {}
         measures = {label: cell(row[key], form) for key, (label, form) in forms.items() if key in row}
         of = "" if any(row[key].get("difference") for key in forms if key in row) else " (baseline)"
-        rows.append({"variant": VARIANTS.get(name, name) + of, "parameters, merged": parameters, **measures})
+        rows.append({"variant": VARIANTS.get(name, name) + of, **cost, **measures})
     return rows
 
-# %% ../../nbs/lab/tables.ipynb #tables-32
+# %% ../../nbs/lab/tables.ipynb #tables-28
 def court_rows(folder: Path, run: str) -> list:
     "How many faults of each kind a score notices, of how many, and which make it better (45_court)."
     found = read_json(folder / run / "metrics.json")["verdicts"]
@@ -192,7 +180,7 @@ def court_rows(folder: Path, run: str) -> list:
         rows.append({"score": score, **cells, "gets better with": misled})
     return rows
 
-# %% ../../nbs/lab/tables.ipynb #tables-35
+# %% ../../nbs/lab/tables.ipynb #tables-31
 COSTS = {  # Label: table, case and baseline in the record of 60_cost
     "sampling step, L, latents 16×32×32, experts merged, vs. without MEC and experts": (
         "inference", "merged", "baseline"),
@@ -208,7 +196,7 @@ COSTS = {  # Label: table, case and baseline in the record of 60_cost
         "beside others", "VersVideo H, merged", "ModelScope"),
 }
 
-# %% ../../nbs/lab/tables.ipynb #tables-36
+# %% ../../nbs/lab/tables.ipynb #tables-32
 def cost_rows(folder: Path, run: str) -> list:
     "Time and operations of MEC and experts, relative to a baseline (60_cost)."
     with open(folder / run / "cost.csv") as file:
@@ -221,7 +209,7 @@ def cost_rows(folder: Path, run: str) -> list:
         rows.append({"operation": label, "time ratio, median [quartiles]": ratio, "TFLOP": flops})
     return rows
 
-# %% ../../nbs/lab/tables.ipynb #tables-39
+# %% ../../nbs/lab/tables.ipynb #tables-35
 def gpu_rows(folder: Path, run: str) -> list:
     "Time and memory of training steps and of sampling (61_gpu)."
     found, config = read_json(folder / run / "metrics.json"), read_json(folder / run / "config.json")
@@ -241,12 +229,11 @@ def gpu_rows(folder: Path, run: str) -> list:
     return [{"operation": what, "seconds": f"{r['seconds']:.2f}" if "seconds" in r else r["note"],
              "peak memory, GB": f"{r['peak_GB']:.1f}" if r.get("peak_GB") else ""} for what, r in rows]
 
-# %% ../../nbs/lab/tables.ipynb #tables-42
+# %% ../../nbs/lab/tables.ipynb #tables-38
 TABLES = {  # Name in README.md or results/README.md: function
     "judged": recogniser_rows,
     "marks": goal_rows,
     "decoders": decoder_rows,
-    "decoder_parts": decoder_part_rows,
     "scored": score_rows,
     "court": court_rows,
     "ablated": ablation_rows,

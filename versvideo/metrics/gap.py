@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT', 'REPOSITORIES', 'VALUES', 'COVARIANCES', 'MOST', 'ALL', 'Recipe', 'videos_below', 'recipe_of_score',
            'recipe_of', 'fill_in', 'differing', 'TensorVideos', 'FolderVideos', 'Measure', 'shapley', 'Gap', 'explain',
-           'measure_gap', 'compare']
+           'measure_gap', 'name_judges', 'compare']
 
 # %% ../../nbs/metrics/gap.ipynb #gap-03
 import itertools
@@ -323,6 +323,20 @@ def measure_gap(
     return explain(a, b, measure)
 
 # %% ../../nbs/metrics/gap.ipynb #gap-30
+def name_judges(
+    recipes: list,  # The two recipes
+    judge: str,     # NAME or NAME=FILE, or two of them with a comma: one for each recipe
+) -> tuple:         # Recipes that name their networks; name to `Extractor`
+    "Load the networks for recipes that name none; ValueError for more than two."
+    names = [name.strip() for name in judge.split(",")]
+    if len(names) > 2:
+        raise ValueError(f"judge={judge!r} names {len(names)} networks: give one, or one for each of the two scores")
+    judges = [load_extractor(*name.partition("=")[::2]) for name in names]
+    own = [one.name for one in (judges[0], judges[-1])]
+    named = [r if r.extractor else replace(r, extractor=name) for r, name in zip(recipes, own, strict=True)]
+    return named, {one.name: one for one in judges}
+
+# %% ../../nbs/metrics/gap.ipynb #gap-31
 def compare(
     a: str,              # As of `recipe_of`
     b: str,              # The other one
@@ -361,9 +375,5 @@ def compare(
         rows = [dict(field=name, first=str(getattr(first, name)), second=str(getattr(second, name)))
                 for name in differing(first, second)]
         return Table(rows or [dict(field="none", first="", second="")])
-    judges = [load_extractor(*name.strip().partition("=")[::2]) for name in judge.split(",")]
-    if len(judges) > 2:
-        raise ValueError(f"judge={judge!r} names {len(judges)} networks: give one, or one for each of the two scores")
-    recipes = [r if r.extractor else replace(r, extractor=one.name)
-               for r, one in zip(recipes, (judges[0], judges[-1]), strict=True)]
-    return measure_gap(*fill_in(*recipes, replace(default, clips=clips)), real, {one.name: one for one in judges})
+    recipes, judges = name_judges(recipes, judge)
+    return measure_gap(*fill_in(*recipes, replace(default, clips=clips)), real, judges)
