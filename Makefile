@@ -179,7 +179,7 @@ results: $(INSTALLED)
 	$(RUN) nbs/63_loading.ipynb --out results/63_loading-XS.ipynb size=XS n=64 height=256 width=256 rounds=5 out=results/63_loading-XS
 	$(RUN) nbs/63_loading.ipynb --out results/63_loading-XS-one.ipynb size=XS n=64 height=256 width=256 rounds=5 workers=1 out=results/63_loading-XS-one
 	$(RUN) nbs/64_broken.ipynb --out results/64_broken.ipynb n=10000 out=results/64_broken
-	$(RUN) nbs/65_startup.ipynb --out results/65_startup.ipynb rounds=3 steps=25 out=results/65_startup
+	$(RUN) nbs/65_startup.ipynb --out results/65_startup.ipynb rounds=5 steps=4 out=results/65_startup
 	$(RUN) nbs/66_roofline.ipynb --out results/66_roofline-H.ipynb \
 	    sizes="L H" batches="16 4" compiled=L measured=results/h200/61_gpu-H out=results/66_roofline-H
 	$(BIN)/nbdev_clean --fname results
